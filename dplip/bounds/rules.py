@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds for modules and functions that dplip does not own.
+
+A rule turns a foreign module, or a call of a foreign function with its non-tensor arguments, into a
+:class:`LipschitzLayer`. Add one with :func:`register_rule`. Modules known to mix examples have a refusal
+instead, which says what to use in their place.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dplip.errors import NoRuleError
+from dplip.layers import Abs, Clamp, Flatten, LipschitzLayer, Monotone, Scale, Shapes
+from dplip.norms import Norms, OperatorNorms
+from dplip.operator_norm import matrix_norms
+
+__all__ = ["MIXES_EXAMPLES", "function_layer", "has_rule", "module_layer", "register_rule"]
+
+Rule = Callable[..., LipschitzLayer]
+_MODULES: dict[type[nn.Module], Rule] = {}
+_FUNCTIONS: dict[Any, Rule] = {}
+
+_SHIFT = "use dplip.layers.ReferenceShift (a public reference instead of batch statistics) or drop it"
+MIXES_EXAMPLES: Mapping[type[nn.Module], str] = {
+    kind: _SHIFT
+    for kind in (
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.SyncBatchNorm,
+        nn.LazyBatchNorm1d,
+        nn.LazyBatchNorm2d,
+        nn.LazyBatchNorm3d,
+    )
+}
+
+
+def register_rule(target: Any, rule: Rule) -> None:
+    """Teach the bounds a module class or a function.
+
+    Args:
+        target: a subclass of :class:`torch.nn.Module`, a function (``torch.relu``) or a tensor method's name (``"relu"``).
+        rule: for a module class, maps the module to a :class:`LipschitzLayer` whose parameters are those of the
+            module, under the same names; for a function or method, maps the call's arguments after the first
+            tensor to one without parameters. Test the layer with :class:`dplip.testing.LayerContract`.
+    """
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        _MODULES[target] = rule
+    else:
+        _FUNCTIONS[target] = rule
+
+
+def has_rule(module: nn.Module) -> bool:
+    """Whether ``module``'s exact class is bounded; builds nothing, so it is safe while torch.fx traces."""
+    return isinstance(module, LipschitzLayer) or type(module) in _MODULES
+
+
+def module_layer(module: nn.Module) -> LipschitzLayer | None:
+    """The layer that stands for ``module``, or None where its exact class has no rule."""
+    if isinstance(module, LipschitzLayer):
+        return module
+    rule = _MODULES.get(type(module))
+    return None if rule is None else rule(module)
+
+
+def function_layer(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LipschitzLayer | None:
+    """The layer that stands for ``target(x, *args, **kwargs)``, or None where there is no rule."""
+    rule = _FUNCTIONS.get(target)
+    return None if rule is None else rule(*args, **kwargs)
+
+
+class _Affine(LipschitzLayer):
+    """An unconstrained :class:`torch.nn.Linear`: bounds follow its current, already released weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2:
+            raise NoRuleError(f"nn.Linear: expected x [B, I], got {tuple(x.shape)}; flatten before it")
+        return F.linear(x, self.weight, self.bias)
+
+    def operator_norms(self, shapes: Shapes) -> OperatorNorms:
+        return matrix_norms(self.weight)
+
+    def param_sensitivity(self, x: Norms, g: Norms, shapes: Shapes) -> dict[str, float]:
+        bounds = {"weight": 0.0 if g.l2 == 0 or x.l2 == 0 else g.l2 * x.l2}
+        return bounds if self.bias is None else bounds | {"bias": g.l2}
+
+    def per_sample_grad(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        grads = {"weight": g.unsqueeze(2) * x.unsqueeze(1)}
+        return grads if self.bias is None else grads | {"bias": g}
+
+    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        centre = F.linear((lower + upper) / 2, self.weight, self.bias)
+        radius = F.linear((upper - lower) / 2, self.weight.abs())
+        return centre - radius, centre + radius
+
+    def fan_in(self, shapes: Shapes) -> int:
+        return shapes.in_dim + 1
+
+
+def _flatten(start_dim: int = 1, end_dim: int = -1) -> LipschitzLayer:
+    if (start_dim, end_dim) != (1, -1):
+        raise NoRuleError(
+            f"flatten: expected start_dim=1, end_dim=-1, got {start_dim}, {end_dim}; "
+            "use dplip.layers.Flatten or dplip.layers.Reshape"
+        )
+    return Flatten()
+
+
+def _clamp(min: float | None = None, max: float | None = None) -> LipschitzLayer:
+    return Clamp(-math.inf if min is None else min, math.inf if max is None else max)
+
+
+def _relu(inplace: bool = False) -> LipschitzLayer:
+    if inplace:
+        raise NoRuleError(
+            "relu: expected inplace=False, got True; in-place maps overwrite a bounded activation"
+        )
+    return Monotone(torch.relu, roundings=0)
+
+
+def _tanh() -> LipschitzLayer:
+    return Monotone(torch.tanh, 1.0, bound=1.0)
+
+
+def _sigmoid() -> LipschitzLayer:
+    return Monotone(torch.sigmoid, 0.25, bound=1.0)
+
+
+def _leaky(module: nn.LeakyReLU) -> LipschitzLayer:
+    slope = module.negative_slope
+    if slope < 0 or module.inplace:
+        raise NoRuleError(f"nn.LeakyReLU: expected slope >= 0 and inplace=False, got {module}; change it")
+    return Monotone(lambda x: F.leaky_relu(x, slope), max(1.0, slope))
+
+
+def _hardtanh(module: nn.Hardtanh) -> LipschitzLayer:
+    if module.inplace:
+        raise NoRuleError(
+            "nn.Hardtanh: expected inplace=False, got True; in-place maps overwrite a bounded activation"
+        )
+    return Clamp(module.min_val, module.max_val)
+
+
+_MODULE_RULES: dict[type[nn.Module], Callable[[Any], LipschitzLayer]] = {
+    nn.Identity: lambda m: Scale(1.0),
+    nn.ReLU: lambda m: _relu(m.inplace),
+    nn.LeakyReLU: _leaky,
+    nn.Tanh: lambda m: _tanh(),
+    nn.Sigmoid: lambda m: _sigmoid(),
+    nn.Softplus: lambda m: Monotone(m, 1.0),
+    nn.Hardtanh: lambda m: _hardtanh(m),
+    nn.Flatten: lambda m: _flatten(m.start_dim, m.end_dim),
+    nn.Linear: _Affine,
+}
+_FUNCTION_RULES: list[tuple[tuple[Any, ...], Rule]] = [
+    ((torch.relu, F.relu, "relu"), _relu),
+    ((torch.tanh, F.tanh, "tanh"), _tanh),
+    ((torch.sigmoid, F.sigmoid, "sigmoid"), _sigmoid),
+    ((torch.abs, operator.abs, "abs"), Abs),
+    ((torch.clamp, torch.clip, "clamp", "clip"), _clamp),
+    ((torch.flatten, "flatten"), lambda start_dim=0, end_dim=-1: _flatten(start_dim, end_dim)),
+    ((torch.neg, operator.neg, "neg"), lambda: Scale(-1.0)),
+    (("contiguous",), lambda: Scale(1.0)),
+]
+_MODULES.update(_MODULE_RULES)
+_FUNCTIONS.update({target: rule for targets, rule in _FUNCTION_RULES for target in targets})

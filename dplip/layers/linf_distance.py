@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""l_inf-distance neurons and their power-mean relaxation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dplip.errors import ConfigError
+from dplip.kernels.order_statistic import (
+    order_statistic,
+    order_statistic_indices,
+    order_statistic_interval,
+)
+from dplip.kernels.distance import gather_signs
+from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_rows
+from dplip.layers.base import Shapes
+from dplip.layers.distance import DistanceLayer, RowNorms
+
+__all__ = ["LinfDistance"]
+
+
+class LinfDistance(DistanceLayer):
+    r"""``y_o = d^(-1/p) ||x - w_o||_p + b_o`` with ``d = in_features``; at ``p = inf``, ``||x - w_o||_inf + b_o``.
+
+    Shapes: ``x`` [B, d], ``weight`` [m, d], ``y`` [B, m].
+
+    Guarantee. 1-Lipschitz from l_inf to l_inf at *every* ``p >= 2``, so bounds and certificates hold while ``p`` is
+    annealed. One example's gradient is at most ``d^(-1/p) ||g||_2`` in ``weight`` (``||g||_2`` at ``p = inf``), whatever
+    the input and the weights. With ``power_mean=False`` the factor ``d^(-1/p)`` is dropped (the plain l_p neuron of the
+    source): rows then have l_1 norm up to ``d^(1/p)``, and such a layer is certified at ``p = inf`` only.
+
+    Source: Zhang, Cai, Lu, He, Wang, Towards Certifying L-infinity Robustness using Neural Networks with
+    L-inf-dist Neurons, ICML 2021, equation 2; the power-mean normalisation is ours (Hoelder: ``||r||_1 <= d^(1/p)
+    ||r||_q`` and the row of an l_p distance has l_q norm 1).
+
+    Args:
+        in_features, out_features, bias, init, init_scale: see :class:`DistanceLayer`.
+        p: exponent, 2 <= p <= inf. Assign ``layer.p`` to anneal it.
+        power_mean: keep the normalisation ``d^(-1/p)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        p: float = math.inf,
+        power_mean: bool = True,
+        init: str = "normal",
+        init_scale: float = 1.0,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, init=init, init_scale=init_scale)
+        self.power_mean = power_mean
+        self.p = p
+        self.register_buffer("_one", torch.ones(1), persistent=False)
+
+    @property
+    def p(self) -> float:
+        """Exponent of the distance, in [2, inf]."""
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        if not 2 <= value:
+            raise ConfigError(
+                f"LinfDistance: expected 2 <= p <= inf, got {value}; no bound is offered below 2"
+            )
+        self._p = float(value)
+
+    def _gain(self) -> float:
+        """Ratio of this layer to the power mean."""
+        return 1.0 if self.power_mean or math.isinf(self.p) else self.in_features ** (1 / self.p)
+
+    def distance(self, x: Tensor) -> Tensor:
+        if math.isinf(self.p):
+            return order_statistic(x, self.weight, self._one)
+        return self._gain() * power_mean(x, self.weight, self.p)
+
+    def distance_interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        if math.isinf(self.p):
+            return order_statistic_interval(lower, upper, self.weight, self._one)
+        low, high = power_mean_interval(lower, upper, self.weight, self.p)
+        return self._gain() * low, self._gain() * high
+
+    def row_norms(self) -> RowNorms:
+        if math.isinf(self.p):
+            return RowNorms(1.0, 1.0, 1.0)
+        row = self._gain() * self.in_features ** (-1 / self.p)
+        return RowNorms(self._gain(), row, row)
+
+    def per_sample_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+        if math.isinf(self.p):
+            index = order_statistic_indices(x, self.weight, self._one)
+            s = gather_signs(x, self.weight, index) * g.unsqueeze(-1)
+            return x.new_zeros(len(x), *self.weight.shape).scatter_(2, index, -s)
+        y = power_mean(x, self.weight, self.p)
+        rows = power_mean_rows(x[:, None] - self.weight, y, self.p)
+        return -self._gain() * g.unsqueeze(-1) * rows
+
+    def refuses_certificate(self) -> str | None:
+        if math.isinf(self.p) or self.power_mean:
+            return None
+        return f"p = {self.p:g} without the power-mean normalisation is not the deployed network; set p = inf"
+
+    def fan_in(self, shapes: Shapes) -> int:
+        return (
+            3 if math.isinf(self.p) else self.in_features + 16
+        )  # the power and the root cost a few roundings
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p:g}"

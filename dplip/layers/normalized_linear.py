@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Affine layers whose weight lives in a norm ball."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dplip.errors import ConfigError
+from dplip.layers.base import LipschitzLayer, Shapes
+from dplip.norms import Norms, OperatorNorms
+from dplip.operator_norm import matrix_norms, spectral_bound
+
+__all__ = ["BALLS", "NormalizedLinear", "project_rows_l1_"]
+
+BALLS = ("spectral", "frobenius", "rows_l1", "columns_l1")
+
+
+class NormalizedLinear(LipschitzLayer):
+    r"""``y = W x + b`` with ``W`` in a ball; ``x`` [B, in_features], ``weight`` [out_features, in_features], ``y`` [B, out_features].
+
+    =============== ================================ =====================
+    ``ball``        constraint (``max_norm`` = 1)    1-Lipschitz
+    =============== ================================ =====================
+    ``spectral``    largest singular value <= 1      l_2 to l_2
+    ``frobenius``   ``||W||_F <= 1``                 l_2 to l_2
+    ``rows_l1``     every row ``||w_o||_1 <= 1``     l_inf to l_inf
+    ``columns_l1``  every column ``||.||_1 <= 1``    l_1 to l_1
+    =============== ================================ =====================
+
+    Guarantee. The five operator norms are computed from the weight as it is (float64, rounded up), so they hold between
+    projections too. One example has ``||dL/dW||_F = ||g||_2 ||x||_2`` exactly and ``||dL/db||_2 = ||g||_2``: the input's l_2
+    norm must be bounded. The weight is free during the step and projected after it: noise is put on the gradient of the
+    weight itself, never differentiated through a normalisation, and the projection is post-processing.
+
+    Args:
+        in_features: number of inputs.
+        out_features: number of outputs.
+        bias: add a learned ``b``.
+        ball: the constraint set, one of :data:`BALLS`.
+        max_norm: radius of the ball.
+        orthogonalize: Bjorck steps ``W <- 3/2 W - 1/2 W W^T W`` at each projection onto the spectral ball; they push all
+            singular values towards ``max_norm``, so gradients keep their norm (Anil, Lucas, Grosse, Sorting out
+            Lipschitz function approximation, ICML 2019).
+
+    Raises:
+        ConfigError: a size or ``max_norm`` is not positive, ``ball`` is unknown, or Bjorck is asked of another ball.
+        ValueError: ``forward`` gets anything but [B, in_features].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        ball: str = "spectral",
+        max_norm: float = 1.0,
+        orthogonalize: int = 0,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1 or not 0 < max_norm < float("inf"):
+            raise ConfigError(
+                "NormalizedLinear: expected positive sizes and max_norm, "
+                f"got {in_features}, {out_features} and {max_norm}; fix them"
+            )
+        if ball not in BALLS or orthogonalize < 0 or (orthogonalize and ball != "spectral"):
+            raise ConfigError(
+                f"NormalizedLinear: expected ball in {BALLS} and orthogonalize >= 0 with the spectral ball only, "
+                f"got {ball!r} and {orthogonalize}; fix them"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.ball, self.max_norm, self.orthogonalize = ball, float(max_norm), orthogonalize
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._norms: tuple[Tensor, OperatorNorms] | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Orthogonal weight projected onto the ball, zero bias."""
+        nn.init.orthogonal_(self.weight)
+        if self.bias is not None:
+            self.bias.zero_()
+        self.project_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"NormalizedLinear: expected x [B, {self.in_features}], got {tuple(x.shape)}")
+        return F.linear(x, self.weight, self.bias)
+
+    def operator_norms(self, shapes: Shapes) -> OperatorNorms:
+        # Compared by value, not by version counter: a write through ``.data`` must not leave a stale bound behind.
+        w = self.weight.detach()
+        if self._norms is not None:
+            seen, norms = self._norms
+            if seen.dtype == w.dtype and seen.device == w.device and torch.equal(seen, w):
+                return norms
+        self._norms = (w.clone(), matrix_norms(w))
+        return self._norms[1]
+
+    def param_sensitivity(self, x: Norms, g: Norms, shapes: Shapes) -> dict[str, float]:
+        bounds = {"weight": 0.0 if g.l2 == 0 or x.l2 == 0 else g.l2 * x.l2}
+        return bounds if self.bias is None else bounds | {"bias": g.l2}
+
+    def per_sample_grad(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        grads = {"weight": g.unsqueeze(2) * x.unsqueeze(1)}
+        return grads if self.bias is None else grads | {"bias": g}
+
+    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        centre = F.linear((lower + upper) / 2, self.weight, self.bias)
+        radius = F.linear((upper - lower) / 2, self.weight.abs())
+        return centre - radius, centre + radius
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        w = self.weight
+        if self.ball == "spectral":
+            self._scale_into_ball_(spectral_bound(w))
+            for _ in range(self.orthogonalize):
+                v = w / self.max_norm
+                v = v.T if v.shape[0] > v.shape[1] else v
+                v = 1.5 * v - 0.5 * (v @ v.T) @ v
+                w.copy_(self.max_norm * (v.T if w.shape[0] > w.shape[1] else v))
+            if self.orthogonalize:  # the map keeps sigma <= 1 exactly, its rounding does not
+                self._scale_into_ball_(spectral_bound(w))
+        elif self.ball == "frobenius":
+            self._scale_into_ball_(float(torch.linalg.vector_norm(w, dtype=torch.float64)))
+        elif self.ball == "rows_l1":
+            project_rows_l1_(w, self.max_norm)
+        else:
+            columns = w.T.contiguous()
+            w.copy_(project_rows_l1_(columns, self.max_norm).T)
+
+    def _scale_into_ball_(self, norm: float) -> None:
+        if norm > self.max_norm:
+            self.weight.mul_(self.max_norm / norm)
+
+    def fan_in(self, shapes: Shapes) -> int:
+        return self.in_features + 1
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, ball={self.ball!r}, "
+            f"max_norm={self.max_norm:g}"
+        )
+
+
+def project_rows_l1_(w: Tensor, radius: float) -> Tensor:
+    """Euclidean projection of every row of ``w`` [O, I] onto the l_1 ball, in place.
+
+    Source: Duchi, Shalev-Shwartz, Singer, Chandra, Efficient Projections onto the l1-Ball for Learning in High
+    Dimensions, ICML 2008, figure 1.
+    """
+    outside = w.abs().sum(1) > radius
+    if bool(outside.any()):
+        rows = w[outside].double()  # float32 would lose the radius next to large entries
+        sorted_rows = rows.abs().sort(dim=1, descending=True)[0]
+        excess = (sorted_rows.cumsum(1) - radius) / torch.arange(1, w.shape[1] + 1, device=w.device)
+        last = (sorted_rows > excess).sum(1, keepdim=True).clamp_min(1) - 1
+        threshold = excess.gather(1, last).clamp_min(0)
+        inside = rows.sign() * (rows.abs() - threshold).clamp_min(0)
+        w[outside] = (inside * (radius / inside.abs().sum(1, keepdim=True)).clamp_max(1)).to(w.dtype)
+    return w

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clip-free DP-SGD: one frozen plan drives sampling, noise and accounting."""
+
+from dplip.privacy.allocation import ALLOCATIONS, Tensors, allocate
+from dplip.privacy.engine import ClipFreeEngine, PublicSizeWarning
+from dplip.privacy.noise import NoiseSource
+from dplip.privacy.optimizer import ClipFreeOptimizer
+from dplip.privacy.plan import PrivacyPlan
+from dplip.privacy.sampling import PoissonSampler, PrivateLoader
+from dplip.privacy.sensitivity import StepSensitivity
+
+__all__ = [
+    "ALLOCATIONS",
+    "ClipFreeEngine",
+    "ClipFreeOptimizer",
+    "NoiseSource",
+    "PoissonSampler",
+    "PrivacyPlan",
+    "PrivateLoader",
+    "PublicSizeWarning",
+    "StepSensitivity",
+    "Tensors",
+    "allocate",
+]

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call makes a torch module, optimizer and loader private, without clipping and without wrapping the module."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from accountants import Accountant, Neighbors, make_accountant
+from dplip.bounds import InputDomain
+from dplip.errors import CheckpointError, DataError, PlanError
+from dplip.layers import LipschitzLayer
+from dplip.losses import BoundedLoss, bounded
+from dplip.privacy.guard import Guard
+from dplip.privacy.noise import NoiseSource, derived_seed
+from dplip.privacy.optimizer import ClipFreeOptimizer
+from dplip.privacy.plan import PrivacyPlan
+from dplip.privacy.sampling import PoissonSampler, PrivateLoader
+from dplip.privacy.sensitivity import StepSensitivity
+
+__all__ = ["ClipFreeEngine", "PublicSizeWarning"]
+
+
+class PublicSizeWarning(UserWarning):
+    """The dataset's size is being used as if it were public."""
+
+
+class ClipFreeEngine:
+    """Clip-free DP-SGD with the calls Opacus users know.
+
+    >>> engine = ClipFreeEngine(accountant="pld")
+    >>> model, optimizer, loader = engine.make_private_with_epsilon(
+    ...     module=model, optimizer=optimizer, data_loader=loader, loss=loss,
+    ...     target_epsilon=3.0, target_delta=1e-5, epochs=10, population=60_000)  # doctest: +SKIP
+    >>> for x, y in loader:  # doctest: +SKIP
+    ...     optimizer.zero_grad()
+    ...     loss(model(x), y).backward()
+    ...     optimizer.step()
+
+    The module keeps its class and its parameters; two hooks check what the proof assumes (:class:`Guard`).
+
+    Args:
+        accountant: ``"pld"`` or ``"rdp"``.
+        neighbors: neighbouring relation of the guarantee.
+        insecure_seed: fixes noise and sampling for tests; recorded, and not private against who knows it.
+    """
+
+    def __init__(
+        self,
+        *,
+        accountant: str = "pld",
+        neighbors: Neighbors | str = Neighbors.ADD_OR_REMOVE_ONE,
+        insecure_seed: int | None = None,
+    ) -> None:
+        self.neighbors = Neighbors(neighbors)
+        self.accountant: Accountant = make_accountant(accountant, self.neighbors)
+        self.insecure_seed = insecure_seed
+        self.plan: PrivacyPlan | None = None
+        self.optimizer: ClipFreeOptimizer | None = None
+        self.loader: PrivateLoader | None = None
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        loss: nn.Module,
+        noise_multiplier: float,
+        epochs: int | None = None,
+        steps: int | None = None,
+        delta: float = 1e-5,
+        population: int | None = None,
+        domain: InputDomain | None = None,
+        **plan_options: Any,
+    ) -> tuple[nn.Module, ClipFreeOptimizer, PrivateLoader]:
+        """Train with a given noise multiplier.
+
+        Args:
+            module: a model that :func:`dplip.bounds.trace` accepts.
+            optimizer: any torch optimizer over the module's parameters.
+            data_loader: supplies the dataset, the expected batch size and the collate function; batches will be
+                Poisson draws instead of its own.
+            loss: the loss that will be trained with, summed over the batch (:func:`dplip.losses.bounded`).
+            noise_multiplier: noise standard deviation over sensitivity.
+            epochs, steps: length of the run; one epoch is ``round(population / batch_size)`` steps.
+            delta: of the guarantee.
+            population: public nominal size of the dataset. Without it ``len(dataset)`` is used, with a warning: that
+                number becomes public.
+            domain: where inputs live. By default any finite input of the first example's shape.
+            plan_options: ``sampling``, ``max_batch_size``, ``allocation`` of :class:`PrivacyPlan`.
+
+        Raises:
+            PlanError, NoRuleError, MixesExamplesError, UnboundedInputError, DataError: before anything is spent.
+        """
+        settings = self._settings(data_loader, epochs, steps, delta, population, plan_options)
+        plan = PrivacyPlan(noise_multiplier=noise_multiplier, **settings)
+        return self.attach(module, optimizer, data_loader.dataset, loss, plan, domain, data_loader.collate_fn)
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        loss: nn.Module,
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int | None = None,
+        steps: int | None = None,
+        population: int | None = None,
+        domain: InputDomain | None = None,
+        **plan_options: Any,
+    ) -> tuple[nn.Module, ClipFreeOptimizer, PrivateLoader]:
+        """Train with the least noise whose proven epsilon after all steps is at most ``target_epsilon``.
+
+        See :meth:`make_private` for the arguments.
+        """
+        settings = self._settings(data_loader, epochs, steps, target_delta, population, plan_options)
+        plan = PrivacyPlan.calibrated(target_epsilon=target_epsilon, **settings)
+        return self.attach(module, optimizer, data_loader.dataset, loss, plan, domain, data_loader.collate_fn)
+
+    def _settings(
+        self,
+        loader: DataLoader[Any],
+        epochs: int | None,
+        steps: int | None,
+        delta: float,
+        population: int | None,
+        options: dict[str, Any],
+    ) -> dict[str, Any]:
+        if not isinstance(loader, DataLoader) or loader.batch_size is None:
+            raise PlanError("engine: expected a torch DataLoader with a batch_size, got another; build one with batch_size=")
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        if size == 0:
+            raise DataError("engine: expected a non-empty dataset, got 0 examples; check the data before training")
+        if population is None:
+            population = size
+            warnings.warn(
+                f"the number of examples, {size}, sets the sampling probability and so becomes public; "
+                "pass population= with a public constant",
+                PublicSizeWarning,
+                stacklevel=3,
+            )
+        q = min(1.0, loader.batch_size / population)
+        if (epochs is None) == (steps is None):
+            raise PlanError(f"engine: expected either epochs or steps, got {epochs} and {steps}; give one of them")
+        count = steps if steps is not None else epochs * max(1, round(1 / q))  # type: ignore[operator]
+        return {
+            "population": population,
+            "sampling_prob": q,
+            "steps": count,
+            "delta": delta,
+            "neighbors": self.neighbors.value,
+            "accountant": self.accountant.name,
+            **options,
+        }
+
+    def attach(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        dataset: Any,
+        loss: nn.Module,
+        plan: PrivacyPlan,
+        domain: InputDomain | None = None,
+        collate: Any = None,
+    ) -> tuple[nn.Module, ClipFreeOptimizer, PrivateLoader]:
+        """Make everything private under an existing ``plan``; the other two methods end here."""
+        if self.optimizer is not None:
+            raise PlanError("engine: expected one module per engine, got a second; make another ClipFreeEngine")
+        if plan.neighbors != self.neighbors.value or plan.accountant != self.accountant.name:
+            raise PlanError(
+                f"engine: expected a plan for {self.accountant.name} and {self.neighbors.value}, got {plan.accountant} "
+                f"and {plan.neighbors}; create the engine with the plan's"
+            )
+        sampler = PoissonSampler(plan, len(dataset), self.insecure_seed)
+        loader = PrivateLoader(dataset, sampler, collate)
+        if domain is None:
+            first = dataset[0][0]
+            domain = InputDomain(tuple(torch.as_tensor(first).shape))
+        module.train()
+        for layer in module.modules():
+            if isinstance(layer, LipschitzLayer):
+                layer.project_()
+        proved: BoundedLoss = bounded(loss)
+        sensitivity = StepSensitivity(module, domain, proved)
+        device = next(iter(sensitivity.trainable.values())).device
+        # The noise stream must differ from the sampling stream even under a fixed seed.
+        noise_seed = None if self.insecure_seed is None else derived_seed(self.insecure_seed, 1)
+        noise = NoiseSource(device, noise_seed)
+        self.plan, self.loader = plan, loader
+        self.optimizer = ClipFreeOptimizer(
+            optimizer,
+            plan=plan,
+            sensitivity=sensitivity,
+            accountant=self.accountant,
+            noise=noise,
+            guard=Guard(module, domain, sensitivity.cotangent),
+        )
+        return module, self.optimizer, loader
+
+    def get_epsilon(self, delta: float | None = None) -> float:
+        """Proven epsilon of the steps taken so far, at ``delta`` (default: the plan's); ``inf`` without noise.
+
+        Raises:
+            PlanError: nothing was made private yet, or ``delta`` is outside (0, 1).
+        """
+        if self.plan is None or self.optimizer is None:
+            raise PlanError("engine: expected make_private before get_epsilon, got no plan; call it first")
+        at = self.plan.delta if delta is None else delta
+        if not 0 < at < 1:
+            raise PlanError(f"engine: expected 0 < delta < 1, got {at}; fix it")
+        if self.optimizer.steps_taken == 0:
+            return 0.0
+        return math.inf if self.plan.noise_multiplier == 0 else self.accountant.epsilon(at)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plan, ledger and steps taken, JSON-safe."""
+        if self.plan is None or self.optimizer is None:
+            raise PlanError("engine: expected make_private before state_dict, got no plan; call it first")
+        return {
+            "plan": self.plan.to_dict(),
+            "accountant": self.accountant.state_dict(),
+            "steps_taken": self.optimizer.steps_taken,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run: restores ledger and steps; noise and sampling start from fresh seeds.
+
+        Raises:
+            CheckpointError: the saved plan is another one, or the ledger does not match the steps taken.
+        """
+        if self.plan is None or self.optimizer is None or self.loader is None:
+            raise PlanError("engine: expected make_private before load_state_dict, got no plan; call it first")
+        try:
+            saved, steps = state["plan"], int(state["steps_taken"])
+            ledger = state["accountant"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"engine: expected a saved engine state, got a damaged one ({error}); restart") from error
+        if saved != self.plan.to_dict():
+            changed = sorted(k for k in {*saved, *self.plan.to_dict()} if saved.get(k) != self.plan.to_dict().get(k))
+            raise CheckpointError(
+                f"engine: expected the plan of the checkpoint, got changes in {changed}; restore them or start a new run"
+            )
+        fresh = make_accountant(self.accountant.name, self.neighbors)
+        try:
+            fresh.load_state_dict(ledger)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"engine: expected a saved ledger, got a damaged one ({error}); restart") from error
+        recorded = sum(count for _, count in fresh.ledger)
+        if self.plan.noise_multiplier > 0 and recorded != steps:
+            raise CheckpointError(
+                f"engine: expected a ledger of {steps} steps, got {recorded}; the checkpoint is damaged, restart"
+            )
+        self.accountant.load_state_dict(ledger)
+        self.optimizer.steps_taken = steps
+        self.optimizer.noise.continue_from(steps)
+        self.loader.sampler.continue_from(steps)

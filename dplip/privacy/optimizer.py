@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any torch optimizer made private without clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from accountants import Accountant
+from dplip.errors import BoundViolation, PlanError
+from dplip.layers import LipschitzLayer
+from dplip.privacy.allocation import Tensors, allocate
+from dplip.privacy.guard import Guard
+from dplip.privacy.noise import NoiseSource
+from dplip.privacy.plan import PrivacyPlan
+from dplip.privacy.sensitivity import StepSensitivity
+
+__all__ = ["ClipFreeOptimizer"]
+
+
+class ClipFreeOptimizer(Optimizer):
+    """Wraps a torch optimizer; :meth:`step` releases one Gaussian mechanism and then lets it step.
+
+    ``p.grad`` holds the SUM of per-example gradients of the batch, whose l_2 sensitivity in tensor ``k`` is at most the
+    analytic ``s_k``. One step: check, compute ``sigma_k`` from the current weights, record the step in the ledger, add
+    N(0, sigma_k^2) to every entry of tensor ``k`` (a missing gradient counts as 0), divide by the public expected batch
+    size, take the inner optimizer's step, project the layers. Everything after the noise is post-processing.
+
+    Guarantee. With Poisson batches of probability ``q``, each step is ``PoissonSampled(Gaussian(noise_multiplier), q)`` on
+    the joint gradient (Abadi et al., CCS 2016; sensitivity without clipping: Bethune et al., ICLR 2024), because
+    ``sum_k (s_k / sigma_k)^2 = 1 / noise_multiplier^2``; later steps may choose ``sigma_k`` by released weights (adaptive
+    composition).
+
+    Raises:
+        PlanError: the budget of ``plan.steps`` is used up, a parameter is foreign to the module, or examples may have
+            counted twice.
+        BoundViolation: a gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        plan: PrivacyPlan,
+        sensitivity: StepSensitivity,
+        accountant: Accountant,
+        noise: NoiseSource,
+        guard: Guard,
+    ) -> None:
+        # Optimizer.__init__ is not called: parameters, state and defaults are the inner optimizer's.
+        self.original_optimizer = optimizer
+        self.plan, self.sensitivity, self.accountant = plan, sensitivity, accountant
+        self.noise, self.guard = noise, guard
+        self.steps_taken = 0
+        self._names = {id(p): name for name, p in sensitivity.trainable.items()}
+        self._projected = [m for m in sensitivity.model.modules() if isinstance(m, LipschitzLayer)]
+        self._step_hooks: list[Callable[[ClipFreeOptimizer], None]] = []
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        held = {id(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
+        foreign = held - set(self._names)
+        if foreign or not held:
+            raise PlanError(
+                f"optimizer: expected trainable parameters of the module only, got {len(foreign)} others and {len(held)} "
+                "in all; build the optimizer from module.parameters()"
+            )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.original_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.original_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.original_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.original_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.original_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.original_optimizer.defaults = defaults
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The plan's noise multiplier."""
+        return self.plan.noise_multiplier
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The plan's public divisor."""
+        return self.plan.expected_batch_size
+
+    def tensors(self) -> dict[str, tuple[Tensors, float]]:
+        """Bound, size and noise standard deviation (of the sum) of each trainable parameter, for the current weights."""
+        bounds = self.sensitivity.tensors()
+        sigma = allocate(self.plan.allocation, bounds, self.plan.noise_multiplier)
+        return {name: (t, sigma[name]) for name, t in bounds.items()}
+
+    def attach_step_hook(self, hook: Callable[[ClipFreeOptimizer], None]) -> None:
+        """Call ``hook(self)`` after every private step."""
+        self._step_hooks.append(hook)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.original_optimizer.zero_grad(set_to_none)
+        self.guard.start_step()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Release one noisy step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.steps_taken >= self.plan.steps:
+            raise PlanError(
+                f"step: expected at most {self.plan.steps} steps, got one more; the privacy budget of the plan is spent"
+            )
+        self.guard.require_one_backward()
+        gradients = [self._summed(p, name) for name, p in self.sensitivity.trainable.items()]
+        tensors = self.tensors()
+        self._spend()
+        for (name, p), gradient in zip(self.sensitivity.trainable.items(), gradients, strict=True):
+            p.grad = self.noise.add_(gradient, tensors[name][1]).div_(self.expected_batch_size)
+        self.original_optimizer.step()
+        for layer in self._projected:
+            layer.project_()
+        self.guard.start_step()
+        for hook in self._step_hooks:
+            hook(self)
+        return loss
+
+    def _spend(self) -> None:
+        # The ledger grows before the noise leaves: an interrupted step counts as taken.
+        self.steps_taken += 1
+        if self.plan.noise_multiplier > 0:
+            self.accountant.compose(self.plan.step_event())
+
+    def _summed(self, p: Tensor, name: str) -> Tensor:
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        if not bool(torch.isfinite(gradient).all()):
+            raise BoundViolation(
+                f"step: expected a finite gradient for '{name}', got NaN or infinity; nothing was released, check the model"
+            )
+        return gradient
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state; the ledger is the engine's to save."""
+        return self.original_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.original_optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"ClipFreeOptimizer({self.original_optimizer!r}, {self.plan!r})"

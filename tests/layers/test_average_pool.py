@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Average pooling."""
+
+from dplip.layers import AveragePool2d, LipschitzLayer
+from dplip.testing import LayerContract
+
+
+class TestDisjointWindows(LayerContract):
+    in_shape = (2, 4, 4)
+
+    def make(self) -> LipschitzLayer:
+        return AveragePool2d(2)
+
+
+class TestOverlappingWindows(LayerContract):
+    in_shape = (1, 5, 5)
+
+    def make(self) -> LipschitzLayer:
+        return AveragePool2d(3, 2)
+
+
+class TestDenseWindows(LayerContract):
+    in_shape = (1, 5, 4)
+
+    def make(self) -> LipschitzLayer:
+        return AveragePool2d(3, 1)
+
+
+class TestGaps(LayerContract):
+    in_shape = (1, 5, 5)
+
+    def make(self) -> LipschitzLayer:
+        return AveragePool2d(2, 3)
