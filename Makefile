@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/dplip train --config experiments/configs/digits.toml --out runs/demo
+	$(BIN)/dplip train --config experiments/configs/digits.toml
 
 # One thread a worker: more would fight over the same cores.
 test: setup

@@ -81,9 +81,9 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """``[optimizer]``: ``kind`` is sgd or adam. The learning rate rises over the fraction ``warmup`` of the steps, holds,
-    and falls to ``final`` times its value over the last fraction ``decay``, along a cosine. ``average`` in (0, 1) averages the
-    released iterates exponentially (post-processing)."""
+    """``[optimizer]``: ``kind`` is sgd or adam. The learning rate rises over the fraction ``warmup`` of the steps,
+    holds, and falls to ``final`` times its value over the last fraction ``decay``, along a cosine. ``average`` in (0,
+    1) averages the released iterates exponentially (post-processing)."""
 
     kind: str = "adam"
     lr: float = 0.01

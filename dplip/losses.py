@@ -2,7 +2,8 @@
 """Losses with proved bounds on one example's logit gradient.
 
 Every loss returns the SUM over the batch: the sum is what noise is calibrated to, and the optimizer divides by the
-*public* expected batch size. Write ``z`` for the logits [B, C] and ``g`` for one example's gradient in its row of ``z``.
+*public* expected batch size. Write ``z`` for the logits [B, C] and ``g`` for one example's gradient in its row of
+``z``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ __all__ = [
 
 
 class BoundedLoss(nn.Module, abc.ABC):
-    """``forward(logits, targets)`` -> the scalar sum over the batch; :meth:`logit_gradient` bounds one example's share."""
+    """``forward(logits, targets)`` -> the scalar sum over the batch; :meth:`logit_gradient` bounds one example's
+    share."""
 
     @abc.abstractmethod
     def logit_gradient(self, num_classes: int) -> Norms:
@@ -53,13 +55,14 @@ def _check_labels(where: str, logits: Tensor, labels: Tensor) -> None:
 class CrossEntropy(BoundedLoss):
     r"""``sum_b CE(tau (z_b - margin e_y), y) / tau``, softmax cross-entropy with temperature and margin.
 
-    Bounds: ``g = softmax - e_y`` has ``||g||_1 = 2 (1 - p_y) <= 2``, ``||g||_2 <= sqrt(2) (1 - p_y)``, ``||g||_inf <= 1``. Lowering
-    the true logit by a constant moves the point of evaluation only. ``tau`` is the dial between accuracy and
-    certified radius: a small ``tau`` keeps pushing examples that are already right.
+    Bounds: ``g = softmax - e_y`` has ``||g||_1 = 2 (1 - p_y) <= 2``, ``||g||_2 <= sqrt(2) (1 - p_y)``,
+    ``||g||_inf <= 1``. Lowering the true logit by a constant moves the point of evaluation only. ``tau`` is the dial
+    between accuracy and certified radius: a small ``tau`` keeps pushing examples that are already right.
 
     Args:
         temperature: ``tau > 0``.
-        margin: amount by which the true logit is lowered; ``2 eps`` asks an l_inf 1-Lipschitz network for radius ``eps``.
+        margin: amount by which the true logit is lowered; ``2 eps`` asks an l_inf 1-Lipschitz network for radius
+            ``eps``.
 
     Raises:
         ConfigError: ``temperature`` is not positive or ``margin`` is not finite.
@@ -219,8 +222,8 @@ class _Summed(BoundedLoss):
 def bounded(loss: nn.Module) -> BoundedLoss:
     """``loss`` itself, or bounds for a torch loss that has proved ones.
 
-    Accepts ``nn.CrossEntropyLoss`` and ``nn.BCEWithLogitsLoss`` with ``reduction="sum"`` and no weights (label smoothing keeps
-    the bounds: the gradient is a difference of two distributions).
+    Accepts ``nn.CrossEntropyLoss`` and ``nn.BCEWithLogitsLoss`` with ``reduction="sum"`` and no weights (label
+    smoothing keeps the bounds: the gradient is a difference of two distributions).
 
     Raises:
         PlanError: no bound is known for ``loss`` as configured.

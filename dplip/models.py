@@ -56,7 +56,8 @@ def sort_mlp(
 
     Args:
         widths: neurons of the hidden layers.
-        top_k: each neuron takes the mean of its ``top_k`` largest distances; one number or one per layer, the last included.
+        top_k: each neuron takes the mean of its ``top_k`` largest distances; one number or one per layer, the last
+            included.
         rho: SortNet's geometric weights instead (exactly one of ``top_k`` and ``rho`` is given).
         truncation: number of order statistics kept with ``rho``.
         pool: side of the average-pooling window put first (1: none).
@@ -91,7 +92,8 @@ def linf_mlp(
     hidden_scale: float = 0.1,
     bias: bool = True,
 ) -> nn.Module:
-    """l_inf-distance network (power mean of exponent ``p``), 1-Lipschitz in l_inf; other options as :func:`sort_mlp`."""
+    """l_inf-distance network (power mean of exponent ``p``), 1-Lipschitz in l_inf; other options as
+    :func:`sort_mlp`."""
 
     def layer(i: int, d: int, m: int, **options: Any) -> LipschitzLayer:
         return LinfDistance(d, m, p=p, **options)
@@ -149,7 +151,8 @@ def lipschitz_mlp(
 
     Args:
         widths: neurons of the hidden layers.
-        activation: ``"maxmin"``, ``"fullsort"``, ``"abs"`` or ``"spline"`` (learned, starting as alternating |x| and x).
+        activation: ``"maxmin"``, ``"fullsort"``, ``"abs"`` or ``"spline"`` (learned, starting as alternating |x| and
+            x).
         bias: learned biases; each takes a share of the noise and the centred input hardly needs them.
         ball: constraint of every weight, see :class:`dplip.layers.NormalizedLinear`.
         input_radius: radius of the ball, in which ``x - reference`` is clipped; it bounds the first layer's gradient.

@@ -15,17 +15,20 @@ from dplip.report import Report
 __all__ = ["ProgressObserver"]
 
 
+_LINES = 20  # of a whole run, where there is no terminal to draw a bar on
+
+
 class ProgressObserver:
-    """A bar on a terminal; one line per epoch where there is none."""
+    """A bar on a terminal; about twenty lines where there is none."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._total = 0
+        self._total, self._shown = 0, 0
 
     def start(self, config: RunConfig, plan: PrivacyPlan, first_step: int) -> None:
-        self._total = plan.steps
+        self._total, self._shown = plan.steps, first_step
         self._console.print(
             f"{config.name}: {plan.steps} steps, q = {plan.sampling_prob:.5g}, "
             f"noise multiplier {plan.noise_multiplier:.4f}, starting at step {first_step}"
@@ -44,8 +47,9 @@ class ProgressObserver:
         text = f"epsilon {metrics['epsilon']:.3f}, test accuracy {100 * metrics['test_accuracy']:.2f} %"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text)
-        else:
-            self._console.print(f"step {int(metrics['steps'])}/{self._total}: {text}, {metrics['seconds']:.0f} s")
+        elif metrics["steps"] - self._shown >= self._total / _LINES or metrics["steps"] >= self._total:
+            self._shown = int(metrics["steps"])
+            self._console.print(f"step {self._shown}/{self._total}: {text}, {metrics['seconds']:.0f} s")
         if metrics["steps"] >= self._total:
             self.stop()
             self._console.print("certifying the test set ...")

@@ -9,9 +9,9 @@ A test of a new layer is a factory and a shape; all checks are inherited::
         def make(self):
             return Abs()
 
-Each check runs on several draws of the parameters (as initialised, random, 1000 times larger and smaller, all rows
-tied, zero) and on inputs of three scales, most of which are chosen to be hard: one-hot, constant, corners, heavy
-tails, ties, exact and near copies of the weights. A search can refute a bound but never prove it.
+Each check runs on several draws of the parameters (as initialised, random, 1000 times larger and smaller, all
+rows tied, zero) and on inputs of three scales, most of which are chosen to be hard: one-hot, constant, corners,
+heavy tails, ties, exact and near copies of the weights. A search can refute a bound but never prove it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LayerContract:
 
     Attributes:
         in_shape: shape of one example, small (a few dozen entries: Jacobians are formed).
-        tight: parameters whose bound the search must *reach* (ratio 0.99), so that it is not slack by mistake.
+        tight: parameters whose bound the search must *reach* (ratio 0.99): not slack by mistake.
         constraint: operator norms that :meth:`LipschitzLayer.project_` must leave at most this large.
         parameter_draws: which draws of the parameters to test; remove those the layer does not allow.
         scales: sizes of the inputs.
@@ -255,9 +255,8 @@ class LayerContract:
                 _require(float((y - high).max()), 0.0, "interval: upper end below a value", slack)
             x = self.inputs(layer, scale)
             for end in layer.interval(x, x):
-                _require(
-                    float((end - layer(x)).abs().max()), 0.0, "interval of a point: not its value", slack
-                )
+                away = (end - layer(x)).detach().abs()
+                _require(float(away.max()), 0.0, "interval of a point: not its value", slack)
 
     # Behaviour in a batch
 

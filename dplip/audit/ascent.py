@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient ascent that tries to refute a bound: the search behind the sensitivity audit and the layer contract."""
+"""Gradient ascent that tries to refute a bound: behind the sensitivity audit and the layer contract."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def ascend(
     lr: float,
     observe: Callable[[], None],
     project: Callable[[], None] | None = None,
+    every: int = 1,
 ) -> None:
     """Adam on ``-log objective``, where ``objective`` returns one positive value per restart.
 
-    The logarithm makes restarts of different size move alike. Where the objective does not depend on a variable,
-    or its gradient is not finite, that variable stays put.
+    The logarithm makes restarts of different size move alike. Where the objective does not depend on a
+    variable, or its gradient is not finite, that variable stays put.
 
     Args:
         objective: differentiable; called once a step.
         variables: leaf tensors that require a gradient; changed in place.
         steps: number of Adam steps.
         lr: step size, annealed to a tenth of itself.
-        observe: called before the first step and after every one, to record what was reached.
+        observe: called before the first step, after every ``every``-th and after the last, to record what was reached.
         project: puts the variables back where they may be, after every step.
     """
     optimizer = torch.optim.Adam(variables, lr=lr, betas=(0.9, 0.99))
@@ -48,4 +49,5 @@ def ascend(
         if project is not None:
             with torch.no_grad():
                 project()
-        observe()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            observe()

@@ -26,8 +26,8 @@ def jacobian(layer: LipschitzLayer, x: Tensor) -> Tensor:
 def hard_inputs(layer: LipschitzLayer, shape: tuple[int, ...], scale: float) -> Tensor:
     """Random and extreme examples [B, *shape] in float64.
 
-    Normal, heavy-tailed, zero, constant, one-hot, corners, ties, and, where a parameter's rows have the size of an
-    example, those rows exactly, nearly, and displaced along one and along all axes.
+    Normal, heavy-tailed, zero, constant, one-hot, corners, ties, and, where a parameter's rows have the size of
+    an example, those rows exactly, nearly, and displaced along one and along all axes.
     """
     n = math.prod(shape)
     eye, one = torch.eye(n, dtype=torch.float64), torch.ones(1, n, dtype=torch.float64)
@@ -35,7 +35,11 @@ def hard_inputs(layer: LipschitzLayer, shape: tuple[int, ...], scale: float) -> 
     def random(rows: int) -> Tensor:
         return torch.randn(rows, n, dtype=torch.float64)
 
-    unit = [random(3), random(2) ** 5, 0 * one, one, -one, eye[:2], -eye[-2:]]
+    unit = [random(3), random(2) ** 5, 0 * one, one, -one, 0.3 * one, eye[:2], -eye[-2:]]
+    unit += [
+        random(4) * 10 ** (2 * torch.rand(4, 1, dtype=torch.float64) - 1.5),
+        2 * eye[:1] + 0.3 * random(1),
+    ]
     unit += [random(3).sign(), random(3).round(), (10 * random(2)).round() / 10]
     near = []
     for p in layer.parameters():
@@ -48,8 +52,8 @@ def hard_inputs(layer: LipschitzLayer, shape: tuple[int, ...], scale: float) -> 
 def hard_pairs(layer: LipschitzLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     """Every input with seven cotangents.
 
-    One-hot, the heaviest row, all equal, random, the signs of a column and of the heaviest column of the Jacobian, and its
-    leading left singular vector.
+    One-hot, the heaviest row, all equal, random, the signs of a column and of the heaviest column of the
+    Jacobian, and its leading left singular vector.
     """
     j = jacobian(layer, x)
     (b, m, n), at = j.shape, torch.arange(len(x))

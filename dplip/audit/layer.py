@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searches for a violated bound of one layer, by gradient ascent over inputs, cotangents and parameters.
 
-Every function returns the largest ratio *found / claimed* per bound. Above 1 the bound is refuted; close to 1 it is
-tight; below 1 nothing is proved, because ascent may stop short of the maximum.
+Every function returns the largest ratio *found / claimed* per bound. Above 1 the bound is refuted; close to 1
+it is tight; below 1 nothing is proved, because ascent may stop short of the maximum.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def claims(v: Tensor) -> list[tuple[Norms, Norms, Norms, Norms]]:
 
 
 def rounding(layer: LipschitzLayer, x: Tensor) -> float:
-    """Absolute error to allow for the float64 difference of two of the layer's outputs at inputs as large as ``x``."""
+    """Absolute error to allow for a float64 difference of two outputs at inputs as large as ``x``."""
     with torch.no_grad():
         size = float(layer(x).abs().max()) + float(x.abs().max())
     size += max((float(p.detach().abs().max()) for p in layer.parameters()), default=0.0)
@@ -96,7 +96,9 @@ def search_gradients(
     def project() -> None:
         g.div_(_per_example(torch.linalg.vector_norm(g.flatten(1), dim=1).clamp_min(1e-12), g))
 
-    ascend(objective, [x, g, *layer.parameters()], steps=steps, lr=lr, observe=observe, project=project)
+    ascend(
+        objective, [x, g, *layer.parameters()], steps=steps, lr=lr, observe=observe, project=project, every=5
+    )
     return best
 
 
@@ -139,5 +141,7 @@ def search_moves(
         size = torch.linalg.vector_norm(d.flatten(1), dim=1).clamp_min(1e-30)
         d.mul_(_per_example((least / size).clamp_min(1.0), d))
 
-    ascend(objective, [x, d, *layer.parameters()], steps=steps, lr=lr, observe=observe, project=project)
+    ascend(
+        objective, [x, d, *layer.parameters()], steps=steps, lr=lr, observe=observe, project=project, every=5
+    )
     return best

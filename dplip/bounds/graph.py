@@ -300,7 +300,7 @@ class _Builder:
             or size == (-1,)
         ):
             raise MixesExamplesError(
-                f"bounds: node '{node.name}' must keep the batch axis: write x.reshape(x.shape[0], ...) with numbers, "
+                f"bounds: node '{node.name}' must keep the batch axis; write x.reshape(x.shape[0], ...) with numbers, "
                 "or use dplip.layers.Reshape"
             )
         return self._append(node.name, Apply(Reshape(*rest)), args[0])

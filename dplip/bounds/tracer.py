@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from dplip.bounds.rules import MIXES_EXAMPLES, has_rule
-from dplip.errors import MixesExamplesError, NoRuleError
+from dplip.errors import DplipError, MixesExamplesError, NoRuleError
 
 __all__ = ["record"]
 
@@ -44,14 +45,16 @@ def record(model: nn.Module) -> fx.Graph:
         NoRuleError: ``forward`` cannot be recorded, or works in place.
         MixesExamplesError: ``forward`` writes to a buffer.
     """
-    before = {name: (b, b.clone()) for name, b in model.named_buffers()}
+    before = {name: (b, b.clone()) for name, b in model.named_buffers() if not is_lazy(b)}
     try:
         graph = _Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError) as error:
+    except DplipError:
+        raise
+    except Exception as error:  # foreign code met stand-ins for tensors, which fail in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NoRuleError(
-            f"bounds: expected {type(model).__name__}.forward to be traceable by torch.fx, got: "
-            f"{str(error).splitlines()[0]}; remove control flow that depends on values, "
-            "or make it a LipschitzLayer with its own bounds"
+            f"bounds: expected {type(model).__name__}.forward to be traceable by torch.fx, got: {reason}; "
+            "remove control flow that depends on values, or make it a LipschitzLayer with its own bounds"
         ) from error
     finally:
         written = _restore(model, before)

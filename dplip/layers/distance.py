@@ -30,7 +30,8 @@ class RowNorms(NamedTuple):
 class DistanceLayer(LipschitzLayer):
     r"""``y_o = d(x, w_o) + b_o`` where ``d`` depends on ``x - w_o`` only.
 
-    Shapes: ``x`` [B, in_features], ``weight`` [out_features, in_features], ``bias`` [out_features], ``y`` [B, out_features].
+    Shapes: ``x`` [B, in_features], ``weight`` [out_features, in_features], ``bias`` [out_features], ``y`` [B,
+        out_features].
 
     Guarantee. Let every row of ``dy/dx`` have norms at most ``(k1, k2, kinf)``. Because ``dy_o/dw_o = -dy_o/dx``,
     one example with cotangent ``g`` has ``||dL/dW||_F <= k2 ||g||_2`` and ``||dL/db||_2 = ||g||_2``, for any input,
@@ -85,23 +86,23 @@ class DistanceLayer(LipschitzLayer):
             self.bias.zero_()
 
     @abc.abstractmethod
-    def distance(self, x: Tensor) -> Tensor:
-        """``d(x, w_o)``: [B, in_features] -> [B, out_features]."""
+    def distance(self, x: Tensor, w: Tensor) -> Tensor:
+        """``d(x, w_o)``: ``x`` [N, in_features], ``w`` [M, in_features] (some rows of the weight) -> [N, M]."""
 
     @abc.abstractmethod
-    def distance_interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Range of the distances over a box."""
+    def distance_interval(self, lower: Tensor, upper: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Range of the distances to ``w`` over a box."""
 
     @abc.abstractmethod
     def row_norms(self) -> RowNorms:
         """Bounds on the rows of the Jacobian."""
 
     @abc.abstractmethod
-    def per_sample_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
-        """``dL_b/dW``: [B, out_features, in_features]."""
+    def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+        """``dL_b/dw`` for cotangents ``g`` [N, M]: [N, M, in_features]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.distance(x)
+        y = self.distance(x, self.weight)
         return y if self.bias is None else y + self.bias
 
     def operator_norms(self, shapes: Shapes) -> OperatorNorms:
@@ -113,11 +114,11 @@ class DistanceLayer(LipschitzLayer):
         return bounds if self.bias is None else bounds | {"bias": g.l2}
 
     def per_sample_grad(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-        grads = {"weight": self.per_sample_weight_grad(x, g)}
+        grads = {"weight": self.per_sample_weight_grad(x, self.weight, g)}
         return grads if self.bias is None else grads | {"bias": g}
 
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = self.distance_interval(lower, upper)
+        low, high = self.distance_interval(lower, upper, self.weight)
         return (low, high) if self.bias is None else (low + self.bias, high + self.bias)
 
     def fan_in(self, shapes: Shapes) -> int:

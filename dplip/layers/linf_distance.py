@@ -28,9 +28,9 @@ class LinfDistance(DistanceLayer):
     Shapes: ``x`` [B, d], ``weight`` [m, d], ``y`` [B, m].
 
     Guarantee. 1-Lipschitz from l_inf to l_inf at *every* ``p >= 2``, so bounds and certificates hold while ``p`` is
-    annealed. One example's gradient is at most ``d^(-1/p) ||g||_2`` in ``weight`` (``||g||_2`` at ``p = inf``), whatever
-    the input and the weights. With ``power_mean=False`` the factor ``d^(-1/p)`` is dropped (the plain l_p neuron of the
-    source): rows then have l_1 norm up to ``d^(1/p)``, and such a layer is certified at ``p = inf`` only.
+    annealed. One example's gradient is at most ``d^(-1/p) ||g||_2`` in ``weight`` (``||g||_2`` at ``p = inf``),
+    whatever the input and the weights. With ``power_mean=False`` the factor ``d^(-1/p)`` is dropped (the plain l_p
+    neuron of the source): rows then have l_1 norm up to ``d^(1/p)``, and such a layer is certified at ``p = inf`` only.
 
     Source: Zhang, Cai, Lu, He, Wang, Towards Certifying L-infinity Robustness using Neural Networks with
     L-inf-dist Neurons, ICML 2021, equation 2; the power-mean normalisation is ours (Hoelder: ``||r||_1 <= d^(1/p)
@@ -75,15 +75,15 @@ class LinfDistance(DistanceLayer):
         """Ratio of this layer to the power mean."""
         return 1.0 if self.power_mean or math.isinf(self.p) else self.in_features ** (1 / self.p)
 
-    def distance(self, x: Tensor) -> Tensor:
+    def distance(self, x: Tensor, w: Tensor) -> Tensor:
         if math.isinf(self.p):
-            return order_statistic(x, self.weight, self._one)
-        return self._gain() * power_mean(x, self.weight, self.p)
+            return order_statistic(x, w, self._one)
+        return self._gain() * power_mean(x, w, self.p)
 
-    def distance_interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    def distance_interval(self, lower: Tensor, upper: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         if math.isinf(self.p):
-            return order_statistic_interval(lower, upper, self.weight, self._one)
-        low, high = power_mean_interval(lower, upper, self.weight, self.p)
+            return order_statistic_interval(lower, upper, w, self._one)
+        low, high = power_mean_interval(lower, upper, w, self.p)
         return self._gain() * low, self._gain() * high
 
     def row_norms(self) -> RowNorms:
@@ -92,13 +92,13 @@ class LinfDistance(DistanceLayer):
         row = self._gain() * self.in_features ** (-1 / self.p)
         return RowNorms(self._gain(), row, row)
 
-    def per_sample_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
+    def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
         if math.isinf(self.p):
-            index = order_statistic_indices(x, self.weight, self._one)
-            s = gather_signs(x, self.weight, index) * g.unsqueeze(-1)
-            return x.new_zeros(len(x), *self.weight.shape).scatter_(2, index, -s)
-        y = power_mean(x, self.weight, self.p)
-        rows = power_mean_rows(x[:, None] - self.weight, y, self.p)
+            index = order_statistic_indices(x, w, self._one)
+            s = gather_signs(x, w, index) * g.unsqueeze(-1)
+            return x.new_zeros(len(x), *w.shape).scatter_(2, index, -s)
+        y = power_mean(x, w, self.p)
+        rows = power_mean_rows(x[:, None] - w, y, self.p)
         return -self._gain() * g.unsqueeze(-1) * rows
 
     def refuses_certificate(self) -> str | None:
@@ -107,9 +107,10 @@ class LinfDistance(DistanceLayer):
         return f"p = {self.p:g} without the power-mean normalisation is not the deployed network; set p = inf"
 
     def fan_in(self, shapes: Shapes) -> int:
-        return (
-            3 if math.isinf(self.p) else self.in_features + 16
-        )  # the power and the root cost a few roundings
+        if math.isinf(self.p):
+            return 3
+        # The power multiplies a rounding by p. The slack of a fan-in n is n^1.5 u, so this many stand for 4 p u.
+        return self.in_features + 16 + math.ceil((4 * self.p) ** (2 / 3))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p:g}"

@@ -18,7 +18,8 @@ BALLS = ("spectral", "frobenius", "rows_l1", "columns_l1")
 
 
 class NormalizedLinear(LipschitzLayer):
-    r"""``y = W x + b`` with ``W`` in a ball; ``x`` [B, in_features], ``weight`` [out_features, in_features], ``y`` [B, out_features].
+    r"""``y = W x + b`` with ``W`` in a ball; ``x`` [B, in_features], ``weight`` [out_features, in_features], ``y``
+    [B, out_features].
 
     =============== ================================ =====================
     ``ball``        constraint (``max_norm`` = 1)    1-Lipschitz
@@ -30,9 +31,9 @@ class NormalizedLinear(LipschitzLayer):
     =============== ================================ =====================
 
     Guarantee. The five operator norms are computed from the weight as it is (float64, rounded up), so they hold between
-    projections too. One example has ``||dL/dW||_F = ||g||_2 ||x||_2`` exactly and ``||dL/db||_2 = ||g||_2``: the input's l_2
-    norm must be bounded. The weight is free during the step and projected after it: noise is put on the gradient of the
-    weight itself, never differentiated through a normalisation, and the projection is post-processing.
+    projections too. One example has ``||dL/dW||_F = ||g||_2 ||x||_2`` exactly and ``||dL/db||_2 = ||g||_2``: the
+    input's l_2 norm must be bounded. The weight is free during the step and projected after it: noise is put on the
+    gradient of the weight itself, never differentiated through a normalisation, and the projection is post-processing.
 
     Args:
         in_features: number of inputs.
@@ -40,7 +41,8 @@ class NormalizedLinear(LipschitzLayer):
         bias: add a learned ``b``.
         ball: the constraint set, one of :data:`BALLS`.
         max_norm: radius of the ball.
-        orthogonalize: Bjorck steps ``W <- 3/2 W - 1/2 W W^T W`` at each projection onto the spectral ball; they push all
+        orthogonalize: Bjorck steps ``W <- 3/2 W - 1/2 W W^T W`` at each projection onto the spectral ball; they push
+            all
             singular values towards ``max_norm``, so gradients keep their norm (Anil, Lucas, Grosse, Sorting out
             Lipschitz function approximation, ICML 2019).
 

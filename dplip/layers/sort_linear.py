@@ -30,9 +30,9 @@ class SortLinear(DistanceLayer):
 
     Shapes: ``x`` [B, d], ``weight`` [m, d], ``order_weights`` (fixed) [K] with K <= d, ``y`` [B, m].
 
-    Guarantee. Every row of the Jacobian is a signed arrangement of ``c``, so the layer is 1-Lipschitz from l_inf to l_inf
-    and one example's gradient in ``weight`` has l_2 norm at most ``||c||_2 ||g||_2``, whatever the input. At a tie each
-    order statistic credits one index of its own. ``c = (1,)`` is :class:`LinfDistance` at ``p = inf``.
+    Guarantee. Every row of the Jacobian is a signed arrangement of ``c``, so the layer is 1-Lipschitz from l_inf to
+    l_inf and one example's gradient in ``weight`` has l_2 norm at most ``||c||_2 ||g||_2``, whatever the input. At a
+    tie each order statistic credits one index of its own. ``c = (1,)`` is :class:`LinfDistance` at ``p = inf``.
 
     Source: Zhang, Jiang, He, Wang, Rethinking Lipschitz Neural Networks and Certified Robustness: A Boolean
     Function Perspective, NeurIPS 2022, section 4 (general form, equation 9; geometric weights, proposition 4.3).
@@ -94,25 +94,26 @@ class SortLinear(DistanceLayer):
 
     @classmethod
     def top_k_mean(cls, in_features: int, out_features: int, k: int, **options: Any) -> SortLinear:
-        """The mean of the ``k`` largest distances: ``c = (1/k, ..., 1/k)``; gradients are at most ``||g||_2 / sqrt(k)``."""
+        """The mean of the ``k`` largest distances: ``c = (1/k, ..., 1/k)``; gradients are at most
+        ``||g||_2 / sqrt(k)``."""
         if not 1 <= k <= in_features:
             raise ConfigError(f"SortLinear.top_k_mean: expected 1 <= k <= {in_features}, got {k}; lower k")
         return cls(in_features, out_features, [1 / k] * k, **options)
 
-    def distance(self, x: Tensor) -> Tensor:
-        return order_statistic(x, self.weight, self.order_weights)
+    def distance(self, x: Tensor, w: Tensor) -> Tensor:
+        return order_statistic(x, w, self.order_weights)
 
-    def distance_interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        return order_statistic_interval(lower, upper, self.weight, self.order_weights)
+    def distance_interval(self, lower: Tensor, upper: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return order_statistic_interval(lower, upper, w, self.order_weights)
 
     def row_norms(self) -> RowNorms:
         c = self.order_weights.double()
         return RowNorms(float(c.sum()), math.sqrt(float(c.square().sum())), float(c.max()))
 
-    def per_sample_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
-        index = order_statistic_indices(x, self.weight, self.order_weights)
-        s = gather_signs(x, self.weight, index) * self.order_weights * g.unsqueeze(-1)
-        return x.new_zeros(len(x), *self.weight.shape).scatter_(2, index, -s)
+    def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+        index = order_statistic_indices(x, w, self.order_weights)
+        s = gather_signs(x, w, index) * self.order_weights * g.unsqueeze(-1)
+        return x.new_zeros(len(x), *w.shape).scatter_(2, index, -s)
 
     def fan_in(self, shapes: Shapes) -> int:
         return 3 + len(self.order_weights)

@@ -180,6 +180,11 @@ class ClipFreeEngine:
                 f"engine: expected a plan for {self.accountant.name} and {self.neighbors.value}, got {plan.accountant} "
                 f"and {plan.neighbors}; create the engine with the plan's"
             )
+        if plan.sampling == "truncated_poisson" and len(dataset) > plan.population:
+            raise PlanError(
+                f"engine: expected at most population={plan.population} examples under truncated sampling, got more; "
+                "raise population, the public upper limit its proof rests on"
+            )
         sampler = PoissonSampler(plan, len(dataset), self.insecure_seed)
         loader = PrivateLoader(dataset, sampler, collate)
         if domain is None:

@@ -37,7 +37,7 @@ def spent(event: Event, delta: float, accountant: str, neighbors: Neighbors) -> 
         (256 / 60000, 4700, 3.0, "pld", Neighbors.ADD_OR_REMOVE_ONE),
         (256 / 60000, 4700, 0.05, "pld", Neighbors.ADD_OR_REMOVE_ONE),
         (256 / 60000, 4700, 0.05, "rdp", Neighbors.ADD_OR_REMOVE_ONE),
-        (0.5, 50, 50.0, "pld", Neighbors.ADD_OR_REMOVE_ONE),
+        (0.5, 10, 50.0, "pld", Neighbors.ADD_OR_REMOVE_ONE),
         (1.0, 10, 0.5, "rdp", Neighbors.REPLACE_ONE),
     ],
 )

@@ -78,13 +78,8 @@ def test_a_merged_schedule_is_above_the_exact_one_and_close(
 
 
 def test_a_thousand_different_steps() -> None:
-    accountant, coarse = PldAccountant(), PldAccountant()
+    accountant = PldAccountant()
     for i in range(1000):
         accountant.compose(PoissonSampled(Gaussian(2.0 - i / 1000), 0.01))
-    epsilon = accountant.epsilon(1e-5)
-    for i in range(50):
-        # Twenty steps at the multiplier of the least noisy of them: more loss than the schedule.
-        coarse.compose(PoissonSampled(Gaussian(2.0 - (20 * i + 19) / 1000), 0.01), 20)
-    assert epsilon <= 1.01 * coarse.epsilon(1e-5)
-    # dp-accounting without merging gives 1.0803 at a spacing of 1e-3.
-    assert 1.0795 <= epsilon <= 1.0803 * 1.01
+    # dp-accounting without merging gives 1.0803 at a spacing of 1e-3, at most 0.0008 above the truth.
+    assert 1.0795 <= accountant.epsilon(1e-5) <= 1.0803 * 1.01

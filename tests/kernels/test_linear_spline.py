@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear splines: interpolation, both kinds of ends, and no reading of a neighbour's coefficients."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dplip.kernels.linear_spline import linear_spline, locate
+
+
+def by_numpy(x: Tensor, c: Tensor, reach: float, unit_slope: bool) -> Tensor:
+    knots = np.linspace(-reach, reach, c.shape[1])
+    y = np.stack([np.interp(x[:, k].numpy(), knots, c[k].numpy()) for k in range(len(c))], 1)
+    beyond = x - x.clamp(-reach, reach) if unit_slope else torch.zeros_like(x)
+    return torch.from_numpy(y) + beyond
+
+
+@pytest.mark.parametrize("unit_slope", [False, True])
+@pytest.mark.parametrize(("intervals", "reach"), [(1, 1.0), (4, 0.3), (7, 2.5), (20, 1.0)])
+def test_value_is_interpolation(intervals: int, reach: float, unit_slope: bool) -> None:
+    c = torch.randn(3, intervals + 1, dtype=torch.float64)
+    knots = torch.linspace(-reach, reach, intervals + 1, dtype=torch.float64)
+    x = torch.cat([3 * reach * torch.randn(40, dtype=torch.float64), knots, knots * (1 + 1e-15), 1e9 * knots])
+    x = x[:, None, None].expand(-1, 3, 2).contiguous()
+    torch.testing.assert_close(linear_spline(x, c, reach, unit_slope), by_numpy(x, c, reach, unit_slope))
+
+
+@pytest.mark.parametrize("unit_slope", [False, True])
+def test_gradients_are_right(unit_slope: bool) -> None:
+    c = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    x = (2 * torch.randn(5, 2, 3, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, c: linear_spline(x, c, 1.0, unit_slope), (x, c))
+    assert torch.autograd.gradgradcheck(lambda x, c: linear_spline(x, c, 1.0, unit_slope), (x, c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("intervals", [1, 3, 20, 49])
+def test_no_input_reads_a_neighbours_coefficients(intervals: int, dtype: torch.dtype) -> None:
+    c = torch.full((3, intervals + 1), torch.nan, dtype=dtype)
+    c[1] = torch.linspace(-1, 1, intervals + 1)
+    reach = 0.7
+    edge = torch.tensor([reach, -reach], dtype=dtype)
+    x = torch.cat([edge, edge.nextafter(2 * edge), edge.nextafter(0 * edge), 1e30 * edge, torch.zeros(1, dtype=dtype)])
+    x = torch.cat([x, torch.tensor([torch.inf, -torch.inf], dtype=dtype)])
+    y = linear_spline(x[:, None, None].expand(-1, 3, 1).contiguous(), c, reach, False)
+    assert y[:, 1].isfinite().all()
+    assert y[:, 1].abs().max() <= 1
+
+
+def test_location_is_a_convex_combination() -> None:
+    x = torch.cat([torch.randn(100), torch.tensor([-1.0, 1.0, 1e30, -1e30, torch.inf, -torch.inf])])
+    index, fraction = locate(x, 1.0, 10)
+    assert int(index.min()) >= 0 and int(index.max()) <= 9
+    assert float(fraction.min()) >= 0 and float(fraction.max()) <= 1
+
+
+def test_nan_stays_visible() -> None:
+    x = torch.tensor([[[torch.nan]], [[0.5]]])
+    y = linear_spline(x, torch.zeros(1, 3), 1.0, True)
+    assert y[0].isnan().all() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("x", "c", "reach"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3, 4), 1.0),
+        (torch.zeros(2, 3, 1), torch.zeros(4, 4), 1.0),
+        (torch.zeros(2, 3, 1), torch.zeros(3, 1), 1.0),
+        (torch.zeros(2, 3, 1), torch.zeros(3, 4), 0.0),
+        (torch.zeros(2, 3, 1), torch.zeros(3, 4), float("nan")),
+        (torch.zeros(2, 3, 1), torch.zeros(3, 4).double(), 1.0),
+    ],
+)
+def test_operands_that_do_not_fit(x: Tensor, c: Tensor, reach: float) -> None:
+    with pytest.raises(ValueError, match="linear_spline: expected"):
+        linear_spline(x, c, reach, False)
