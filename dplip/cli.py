@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``dplip train | plan | certify | report | epsilon | calibrate``."""
+"""The command line: ``dplip train | plan | certify | audit | report | epsilon | calibrate``."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a refusal is one line on stderr and exit code 2."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        code: int | None = args.run(args)
     except DplipError as error:
         print(f"dplip {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"dplip {args.command}: interrupted; continue a training run with --resume", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument("--data-dir", type=Path, help="folder of the data sets")
     certify.set_defaults(run=_certify)
 
+    audit = commands.add_parser("audit", help="attack a run's certificates and sensitivities; exit code 1 if refuted")
+    audit.add_argument("--run", dest="folder", type=Path, required=True, help="folder of the run")
+    audit.add_argument("--data-dir", type=Path, help="folder of the data sets")
+    audit.add_argument("--points", type=int, default=500, help="certified test examples to attack, per norm")
+    audit.add_argument("--restarts", type=int, default=10)
+    audit.add_argument("--steps", type=int, default=40, help="gradient steps per restart")
+    audit.add_argument("--fraction", type=float, default=0.999, help="of each certified radius")
+    audit.set_defaults(run=_audit)
+
     report = commands.add_parser("report", help="print a run's joint report")
     report.add_argument("--run", dest="folder", type=Path, required=True, help="folder of the run")
     report.add_argument("--format", choices=("md", "json"), default="md")
@@ -82,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
 def _config_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", type=Path, required=True, help="TOML file")
     command.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override, e.g. privacy.epsilon=1"
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override, e.g. privacy.epsilon=1",
     )
     command.add_argument("--seed", type=int, help="seed of the initial weights")
 
@@ -100,7 +114,8 @@ def _train(args: argparse.Namespace) -> None:
     from dplip.data import load
     from dplip.interop.mlflow import MlflowObserver
     from dplip.progress import ProgressObserver
-    from dplip.trainer import prepare, train
+    from dplip.session import prepare
+    from dplip.trainer import train
 
     config = _load_config(args)
     if config.threads:
@@ -143,6 +158,19 @@ def _certify(args: argparse.Namespace) -> None:
         print("matches report.json" if same else "DIFFERS from report.json", file=sys.stderr)
 
 
+def _audit(args: argparse.Namespace) -> int:
+    from dplip.auditing import audit_run
+    from dplip.data import load, schema
+    from dplip.trainer import load_model
+
+    config, _ = load_model(args.folder, schema)
+    data = load(config.data.name, args.data_dir)
+    options = {"points": args.points, "restarts": args.restarts, "steps": args.steps, "fraction": args.fraction}
+    audit = audit_run(args.folder, data, schema, **options)
+    print(json.dumps(audit.to_dict(), indent=1))
+    return int(audit.refuted)
+
+
 def _report(args: argparse.Namespace) -> None:
     from dplip.report import Report
 
@@ -173,7 +201,9 @@ def _epsilon(args: argparse.Namespace) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     plan = _event_plan(args, target_epsilon=args.epsilon)
-    print(f"{_rounded_up(plan.noise_multiplier)} gives epsilon {plan.epsilon():.6f} at delta {plan.delta:g}, {_terms(plan)}")
+    print(
+        f"{_rounded_up(plan.noise_multiplier)} gives epsilon {plan.epsilon():.6f} at delta {plan.delta:g}, {_terms(plan)}"
+    )
 
 
 def _terms(plan: Any) -> str:

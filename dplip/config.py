@@ -83,7 +83,8 @@ class PrivacyConfig:
 class OptimizerConfig:
     """``[optimizer]``: ``kind`` is sgd or adam. The learning rate rises over the fraction ``warmup`` of the steps,
     holds, and falls to ``final`` times its value over the last fraction ``decay``, along a cosine. ``average`` in (0,
-    1) averages the released iterates exponentially (post-processing)."""
+    1) averages the released iterates exponentially (post-processing). ``spline_lr`` is the factor on the learning rate
+    of spline coefficients and scales, 1/40 in Ducotterd et al. (JMLR 2024)."""
 
     kind: str = "adam"
     lr: float = 0.01
@@ -94,16 +95,19 @@ class OptimizerConfig:
     decay: float = 0.8
     final: float = 0.0
     average: float = 0.0
+    spline_lr: float = 0.025
 
 
 @dataclass(frozen=True)
 class CertifyConfig:
-    """``[certify]``: radii reported per norm, the method, and how many test examples (0: all)."""
+    """``[certify]``: radii reported per norm, the method, how many test examples (0: all), and the type the certified model
+    computes in. Certificates count the deployment's own rounding, which in float32 takes a visible share of a radius."""
 
     linf: Sequence[float] = (0.01, 0.03, 0.1, 0.3)
     l2: Sequence[float] = (0.1, 0.25, 0.5, 1.0, 1.58)
     method: str = "best"
     examples: int = 0
+    dtype: str = "float64"
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,7 @@ def _check(config: RunConfig, where: str) -> None:
         (0 <= o.beta2 < 1, "optimizer.beta2", "0 <= beta2 < 1", o.beta2),
         (o.weight_decay >= 0, "optimizer.weight_decay", "a number >= 0", o.weight_decay),
         (0 <= o.warmup and 0 <= o.decay and o.warmup + o.decay <= 1, "optimizer", "warmup + decay <= 1", o),
+        (o.spline_lr >= 0, "optimizer.spline_lr", "a number >= 0", o.spline_lr),
         (0 <= o.average < 1, "optimizer.average", "0 <= average < 1", o.average),
         (config.loss.kind in ("cross_entropy", "margin"), "loss.kind", "'cross_entropy' or 'margin'", config.loss.kind),
         (p.population >= 1, "privacy.population", "an integer >= 1", p.population),
@@ -243,6 +248,7 @@ def _check(config: RunConfig, where: str) -> None:
         ),
         (min([*c.linf, *c.l2], default=0) >= 0, "certify", "radii >= 0", (c.linf, c.l2)),
         (c.method in ("best", "margin", "interval"), "certify.method", "best, margin or interval", c.method),
+        (c.dtype in ("float32", "float64"), "certify.dtype", "'float32' or 'float64'", c.dtype),
         (c.examples >= 0, "certify.examples", "an integer >= 0", c.examples),
         (config.threads >= 0, "threads", "an integer >= 0", config.threads),
     ]

@@ -50,6 +50,11 @@ def _check_labels(where: str, logits: Tensor, labels: Tensor) -> None:
             f"{where}: expected logits [B, C] and int64 labels [B], got {tuple(logits.shape)} and "
             f"{labels.dtype} {tuple(labels.shape)}; pass class indices"
         )
+    if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < logits.shape[1]):
+        raise DataError(
+            f"{where}: expected labels in [0, {logits.shape[1]}), got {int(labels.min())} to {int(labels.max())}; "
+            "renumber the classes"
+        )
 
 
 class CrossEntropy(BoundedLoss):
@@ -174,17 +179,24 @@ class LogitGradientClip(BoundedLoss):
     """Another loss with every example's logit gradient clipped to ``||g|| <= bound`` in ``norm``; costs O(B C).
 
     The one place where dplip clips anything, only when asked, and every report says so. ``norm="l1"`` suits l_inf
-    networks, ``"l2"`` suits l_2 networks; for cross-entropy an l_1 clip never changes a gradient's direction.
+    networks, ``"l2"`` suits l_2 networks. Clipping scales an example's gradient and keeps its direction.
+
+    ``loss`` may be any module that sums one term per example; terms that mix examples are not made private by it.
 
     Source: logit-gradient clipping of Bethune et al., DP-SGD Without Clipping: The Lipschitz Neural Network Way,
     ICLR 2024, section 4.2.
 
     Raises:
-        ConfigError: ``bound`` is not positive or ``norm`` is unknown.
+        ConfigError: ``bound`` is not positive, ``norm`` is unknown, or ``loss`` is averaged over the batch.
     """
 
-    def __init__(self, loss: BoundedLoss, bound: float, norm: str = "l2") -> None:
+    def __init__(self, loss: nn.Module, bound: float, norm: str = "l2") -> None:
         super().__init__()
+        if getattr(loss, "reduction", "sum") != "sum":
+            raise ConfigError(
+                f"LogitGradientClip: expected a loss with reduction='sum', got {loss.reduction!r}; "
+                "the optimizer divides the noisy sum by the public expected batch size"
+            )
         if not 0 < bound < math.inf or norm not in ("l1", "l2"):
             raise ConfigError(
                 f"LogitGradientClip: expected bound > 0 and norm 'l1' or 'l2', got {bound} and {norm!r}; fix them"
@@ -197,7 +209,7 @@ class LogitGradientClip(BoundedLoss):
 
     def logit_gradient(self, num_classes: int) -> Norms:
         clipped = Norms(num_classes, **{self.norm: self.bound})
-        return clipped.meet(self.loss.logit_gradient(num_classes))
+        return clipped.meet(self.loss.logit_gradient(num_classes)) if isinstance(self.loss, BoundedLoss) else clipped
 
     @property
     def clipping(self) -> dict[str, float | str] | None:

@@ -146,6 +146,7 @@ def lipschitz_mlp(
     orthogonalize: int = 0,
     spline_intervals: int = 20,
     spline_reach: float = 1.0,
+    spline_scaled: bool = False,
 ) -> nn.Module:
     """Normalised affine layers with a 1-Lipschitz activation, behind a clip of the centred input to an l_2 ball.
 
@@ -157,13 +158,21 @@ def lipschitz_mlp(
         ball: constraint of every weight, see :class:`dplip.layers.NormalizedLinear`.
         input_radius: radius of the ball, in which ``x - reference`` is clipped; it bounds the first layer's gradient.
         orthogonalize: Bjorck steps at each projection of the hidden layers (spectral ball).
-        spline_intervals, spline_reach: grid of the splines.
+        spline_intervals, spline_reach, spline_scaled: grid of the splines, and whether each learns its scale.
     """
     activations: dict[str, Callable[[int], nn.Module]] = {
         "maxmin": lambda m: MaxMin(),
         "fullsort": lambda m: GroupSort(0),
         "abs": lambda m: Abs(),
-        "spline": lambda m: LinearSpline(m, intervals=spline_intervals, reach=spline_reach, init="maxmin"),
+        "spline": lambda m: LinearSpline(
+            m,
+            intervals=spline_intervals,
+            reach=spline_reach,
+            ends="match",
+            init="maxmin",
+            scaled=spline_scaled,
+            projection="nearest",
+        ),
     }
     if activation not in activations:
         raise ConfigError(f"lipschitz_mlp: expected activation in {sorted(activations)}, got {activation!r}")

@@ -15,18 +15,19 @@ from torch import Tensor
 
 from dplip.norms import OperatorNorms
 
-__all__ = ["SVD_LIMIT", "gram_bound", "matrix_norms", "spectral_bound"]
+__all__ = ["SVD_LIMIT", "UNIT", "gram_bound", "matrix_norms", "round_up", "spectral_bound", "unit_scale"]
 
 SVD_LIMIT = 4096
-_UNIT = 2.0**-53  # unit roundoff of float64
+UNIT = 2.0**-53
+"""Unit roundoff of float64."""
 
 
-def _up(value: float, terms: int) -> float:
+def round_up(value: float, terms: int) -> float:
     """``value`` raised by the rounding error of a float64 computation with ``terms`` operations."""
-    return value * (1 + 4 * (terms + 4) * _UNIT)
+    return value * (1 + 4 * (terms + 4) * UNIT)
 
 
-def _unit_scale(weight: Tensor) -> tuple[Tensor, float]:
+def unit_scale(weight: Tensor) -> tuple[Tensor, float]:
     """``weight`` in float64 divided by a power of two, and that power: squares of tiny entries do not underflow.
 
     The power is 0 for a zero matrix and ``inf`` where an entry is not finite.
@@ -50,7 +51,7 @@ def gram_bound(weight: Tensor, iterations: int = 10) -> float:
     Source: Delattre, Barthelemy, Araujo, Allauzen, Efficient Bound of Lipschitz Constant for Convolutional
     Layers by Gram Iteration, ICML 2023, theorem 2.1.
     """
-    w, power = _unit_scale(weight)
+    w, power = unit_scale(weight)
     if power == 0 or math.isinf(power):
         return power
     gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
@@ -68,7 +69,7 @@ def gram_bound(weight: Tensor, iterations: int = 10) -> float:
         gram = gram @ gram
         log_scale *= 2
     # Each product of n x n matrices with Frobenius norm <= 1 errs by at most n u; the 2^t-th root divides it again.
-    slack = 1 + 8 * (max(w.shape) + iterations + 8) * math.sqrt(min(w.shape)) * _UNIT * (iterations + 1)
+    slack = 1 + 8 * (max(w.shape) + iterations + 8) * math.sqrt(min(w.shape)) * UNIT * (iterations + 1)
     return math.exp(log_scale / 2 ** (iterations + 1)) * slack * power
 
 
@@ -85,7 +86,7 @@ def spectral_bound(weight: Tensor) -> float:
     if max(weight.shape) > SVD_LIMIT:
         return gram_bound(weight)
     sigma = float(torch.linalg.svdvals(weight.detach().to(torch.float64))[0])
-    return sigma * (1 + 16 * sum(weight.shape) * _UNIT)
+    return sigma * (1 + 16 * sum(weight.shape) * UNIT)
 
 
 def matrix_norms(weight: Tensor, spectral: float | None = None) -> OperatorNorms:
@@ -93,16 +94,16 @@ def matrix_norms(weight: Tensor, spectral: float | None = None) -> OperatorNorms
 
     ``spectral`` passes in an upper bound that is already proved. Non-finite weights give ``inf`` norms.
     """
-    unit, power = _unit_scale(weight)
+    unit, power = unit_scale(weight)
     w, (rows, columns) = weight.detach().to(torch.float64).abs(), weight.shape
     if power == 0:
         return OperatorNorms.uniform(0.0)
     if math.isinf(power):
         return OperatorNorms()
     return OperatorNorms(
-        inf_inf=_up(float(w.sum(1).amax()), columns),
-        two_inf=_up(float(torch.linalg.vector_norm(unit, dim=1).amax()) * power, columns),
+        inf_inf=round_up(float(w.sum(1).amax()), columns),
+        two_inf=round_up(float(torch.linalg.vector_norm(unit, dim=1).amax()) * power, columns),
         two_two=spectral_bound(weight) if spectral is None else spectral,
-        one_one=_up(float(w.sum(0).amax()), rows),
+        one_one=round_up(float(w.sum(0).amax()), rows),
         one_inf=float(w.amax()),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from dplip.config import RunConfig
 from dplip.data import schema
 from dplip.privacy import PrivacyPlan, StepSensitivity, allocate
-from dplip.trainer import make_domain, make_loss, make_model, make_plan
+from dplip.session import make_domain, make_loss, make_model, make_plan
 
 __all__ = ["PlanTable", "plan_table"]
 
@@ -57,9 +57,7 @@ class PlanTable:
             "|---|---|---|---|---|",
         ]
         for name, t in self.tensors.items():
-            lines.append(
-                f"| {name} | {t['dim']} | {t['bound']:.6g} | {t['sigma']:.6g} | {t['signal_to_noise']:.3g} |"
-            )
+            lines.append(f"| {name} | {t['dim']} | {t['bound']:.6g} | {t['sigma']:.6g} | {t['signal_to_noise']:.3g} |")
         return "\n".join(lines)
 
 

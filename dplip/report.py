@@ -114,7 +114,8 @@ class Report:
             "",
             f"{r['n_test']} test examples, clean accuracy {_percent(r['clean_accuracy'])}; Lipschitz constants "
             f"l_inf {r['lipschitz']['linf']:.6g}, l_2 {r['lipschitz']['l2']:.6g}; methods {', '.join(r['methods'])}. "
-            "Certificates are deterministic; a radius counts only when the prediction is right and the bound is strict.",
+            f"Certificates are deterministic and hold for the model evaluated in {r['deployed_dtype']}, its rounding "
+            "included; a radius counts only when the prediction is right and the bound is strict.",
             "",
             f"Model `{json.dumps(self.model)}`, data `{json.dumps(self.data)}`, seed {self.seed}, {self.seconds:.1f} s "
             "of training. " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".",

@@ -3,35 +3,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import TensorDataset
 
-from dplip.bounds import InputDomain
+from dplip.bounds import INPUT_NORMS
 from dplip.certify import certify
 from dplip.checkpoint import load_checkpoint, save_checkpoint
-from dplip.config import LossConfig, OptimizerConfig, PrivacyConfig, RunConfig
-from dplip.data import Dataset, Schema
+from dplip.config import RunConfig, load_config
+from dplip.data import Dataset
 from dplip.errors import CheckpointError, ConfigError
 from dplip.layers import LipschitzLayer
-from dplip.losses import BoundedLoss, CrossEntropy, LogitGradientClip, MulticlassMargin
-from dplip.models import build
-from dplip.privacy import ClipFreeEngine, ClipFreeOptimizer, PrivacyPlan, PrivateLoader
+from dplip.privacy import PrivacyPlan
 from dplip.report import Report, privacy_section, robustness_section, versions
+from dplip.session import Session, make_model, prepare
 
-__all__ = ["Observer", "Session", "certify_run", "load_model", "make_plan", "prepare", "train"]
+__all__ = ["Observer", "certify_run", "deploy", "load_model", "train"]
 
 CHECKPOINT, MODEL, CONFIG, HISTORY = "checkpoint.pt", "model.safetensors", "config.json", "history.jsonl"
 
@@ -43,120 +37,6 @@ class Observer(Protocol):
     def step(self, steps_taken: int) -> None: ...
     def epoch(self, metrics: dict[str, float]) -> None: ...
     def finish(self, report: Report, out: Path) -> None: ...
-
-
-def make_plan(config: PrivacyConfig) -> PrivacyPlan:
-    """The frozen plan that a ``[privacy]`` section stands for, calibrated if it names an epsilon."""
-    q = config.batch_size / config.population
-    steps = config.steps if config.steps is not None else (config.epochs or 0) * max(1, round(1 / q))
-    settings = {
-        "population": config.population,
-        "sampling_prob": q,
-        "steps": steps,
-        "delta": config.delta,
-        "neighbors": config.neighbors,
-        "accountant": config.accountant,
-        "allocation": config.allocation,
-        "sampling": config.sampling,
-        "max_batch_size": config.max_batch_size,
-    }
-    if config.epsilon is not None:
-        return PrivacyPlan.calibrated(target_epsilon=config.epsilon, **settings)
-    return PrivacyPlan(noise_multiplier=config.noise_multiplier, **settings)
-
-
-def make_loss(config: LossConfig) -> BoundedLoss:
-    """The loss that a ``[loss]`` section stands for."""
-    if config.kind == "margin":
-        loss: BoundedLoss = MulticlassMargin(config.margin)
-    else:
-        loss = CrossEntropy(config.temperature, config.margin)
-    if config.logit_clip is None:
-        return loss
-    return LogitGradientClip(loss, config.logit_clip, config.logit_clip_norm)
-
-
-def make_model(config: RunConfig, schema: Schema) -> nn.Module:
-    """The untrained model; its initial weights depend on ``config.seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build(
-            config.model.kind,
-            config.model.options,
-            input_shape=schema.input_shape,
-            num_classes=schema.num_classes,
-            reference=config.data.reference,
-        )
-
-
-def make_domain(config: RunConfig, schema: Schema) -> InputDomain:
-    """The public input domain: the data set's range around the configured reference."""
-    lower, upper = schema.domain
-    return InputDomain(schema.input_shape, lower, upper, reference=config.data.reference)
-
-
-def _make_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    if config.kind == "sgd":
-        return SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    return Adam(model.parameters(), config.lr, (config.momentum, config.beta2), weight_decay=config.weight_decay)
-
-
-def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Factor on the learning rate at 0-based ``step``: linear rise, hold, cosine fall."""
-    done = step / steps
-    if done < config.warmup:
-        return (step + 1) / (config.warmup * steps + 1)
-    left = 1 - done
-    if config.decay == 0 or left >= config.decay:
-        return 1.0
-    return config.final + (1 - config.final) * (1 - math.cos(math.pi * left / config.decay)) / 2
-
-
-@dataclass
-class Session:
-    """Everything a run is made of before its first step. ``averaged`` is the average of iterates, if asked for."""
-
-    config: RunConfig
-    plan: PrivacyPlan
-    engine: ClipFreeEngine
-    model: nn.Module
-    optimizer: ClipFreeOptimizer
-    schedule: LambdaLR
-    loss: BoundedLoss
-    loader: PrivateLoader
-    averaged: AveragedModel | None
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def released(self) -> nn.Module:
-        """The model to evaluate, certify and save."""
-        return self.model if self.averaged is None else self.averaged.module
-
-
-def prepare(config: RunConfig, data: Dataset) -> Session:
-    """Build and check everything; spends nothing.
-
-    Raises:
-        DplipError: the configuration, data, model or plan is refused.
-    """
-    plan = make_plan(config.privacy)
-    model, loss = make_model(config, data.schema), make_loss(config.loss)
-    engine = ClipFreeEngine(
-        accountant=plan.accountant, neighbors=plan.neighbors, insecure_seed=config.insecure_seed
-    )
-    _, optimizer, loader = engine.attach(
-        model,
-        _make_optimizer(config.optimizer, model),
-        TensorDataset(*data.train),
-        loss,
-        plan,
-        make_domain(config, data.schema),
-    )
-    factor = config.optimizer.average
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(factor)) if factor > 0 else None
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config.optimizer, step, plan.steps))
-    return Session(config, plan, engine, model, optimizer, schedule, loss, loader, averaged)
 
 
 def train(
@@ -256,7 +136,9 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 2000) -> 
     """Share of examples whose largest logit is the true one's."""
     was_training = model.training
     model.eval()
-    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True))
+    right = sum(
+        int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)
+    )
     model.train(was_training)
     return right / len(y)
 
@@ -292,7 +174,9 @@ def _restore(session: Session, path: Path) -> None:
         session.schedule.last_epoch = int(state["schedule"]["last_epoch"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: expected a checkpoint of this run, got a damaged one ({reason}); restart") from error
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of this run, got a damaged one ({reason}); restart"
+        ) from error
 
 
 def make_report(session: Session, data: Dataset) -> Report:
@@ -315,16 +199,20 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def deploy(model: nn.Module, config: RunConfig) -> nn.Module:
+    """The function that certificates are about: a copy in evaluation mode that computes in ``config.certify.dtype``."""
+    return copy.deepcopy(model).eval().to(getattr(torch, config.certify.dtype))
+
+
 def evaluate(model: nn.Module, config: RunConfig, data: Dataset) -> dict[str, Any]:
-    """The robustness section for a trained model on the test set, in evaluation mode."""
-    model.eval()
+    """The robustness section for a trained model on the test set."""
+    deployed = deploy(model, config)
     count = config.certify.examples or len(data.test.y)
-    x, y = data.test.x[:count], data.test.y[:count]
-    certificates = {
-        norm: certify(model, x, norm=norm, method=config.certify.method, domain=data.domain) for norm in ("linf", "l2")
-    }
+    x, y = data.test.x[:count].to(getattr(torch, config.certify.dtype)), data.test.y[:count]
+    method = config.certify.method
+    certificates = {norm: certify(deployed, x, norm, method=method, domain=data.domain) for norm in INPUT_NORMS}
     radii = {"linf": config.certify.linf, "l2": config.certify.l2}
-    return robustness_section(model, x, y, certificates, radii)
+    return robustness_section(deployed, x, y, certificates, radii) | {"deployed_dtype": config.certify.dtype}
 
 
 def load_model(run: Path, schema_of: Any) -> tuple[RunConfig, nn.Module]:
@@ -337,8 +225,6 @@ def load_model(run: Path, schema_of: Any) -> tuple[RunConfig, nn.Module]:
     Raises:
         CheckpointError: the folder holds no finished run, or a damaged one.
     """
-    from dplip.config import load_config
-
     if not (run / CONFIG).is_file() or not (run / MODEL).is_file():
         raise CheckpointError(f"{run}: expected a finished run ({CONFIG}, {MODEL}), got none; finish it with --resume")
     config = load_config(run / CONFIG)
@@ -347,7 +233,9 @@ def load_model(run: Path, schema_of: Any) -> tuple[RunConfig, nn.Module]:
         model.load_state_dict(load_file(run / MODEL))
     except Exception as error:  # safetensors raises its own, unexported type
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{run / MODEL}: expected the run's weights, got a damaged file ({reason}); retrain") from error
+        raise CheckpointError(
+            f"{run / MODEL}: expected the run's weights, got a damaged file ({reason}); retrain"
+        ) from error
     return config, model.eval()
 
 

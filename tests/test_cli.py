@@ -3,11 +3,14 @@
 
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from dplip import data, models
 from dplip.cli import main
 
 TINY = """
@@ -96,6 +99,10 @@ def test_train_certify_report(capsys, config, tmp_path):
     assert json.loads(captured.out) == report["robustness"]
     assert "matches" in captured.err
     assert report["seed"] == 4
+    assert main(["audit", "--run", str(out), "--points", "10", "--restarts", "2", "--steps", "5"]) == 0
+    audit = json.loads(capsys.readouterr().out)
+    assert not audit["refuted"] and audit["certificates"]["l2"] == {"attacked": 10, "flipped": 0}
+    assert all(0 < row["ratio"] <= 1 + 1e-6 for row in audit["gradients"].values())
     assert main(["report", "--run", str(out), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out) == report
     assert main(["report", "--run", str(out)]) == 0
@@ -160,6 +167,15 @@ def test_resume_with_a_changed_plan(capsys, config, tmp_path):
     assert "--out" in refused(capsys, "train", "--config", config, "--resume")
 
 
+def test_a_refuted_claim_is_exit_code_one(capsys, config, tmp_path, monkeypatch):
+    out = tmp_path / "runs" / "one"
+    assert main(["train", "--config", str(config), "--out", str(out), "--no-mlflow"]) == 0
+    monkeypatch.setattr("dplip.auditing.search", lambda *_, **__: {"3.weight": (1.1, 1.0)})
+    capsys.readouterr()
+    assert main(["audit", "--run", str(out), "--points", "2", "--restarts", "1", "--steps", "1"]) == 1
+    assert json.loads(capsys.readouterr().out)["refuted"]
+
+
 def test_reports_of_nothing(capsys, tmp_path):
     for command in ("report", "certify"):
         assert str(tmp_path) in refused(capsys, command, "--run", tmp_path)
@@ -187,4 +203,32 @@ def test_accounting_refusals(capsys, argv):
 def test_readme_names_only_commands_that_exist():
     text = (Path(__file__).parents[1] / "README.md").read_text()
     commands = set(re.findall(r"`dplip (\w+)", text))
-    assert commands == {"plan", "train", "certify", "report", "epsilon", "calibrate"}
+    assert commands == {"plan", "train", "certify", "audit", "report", "epsilon", "calibrate"}
+
+
+def test_damaged_data(capsys, config, tmp_path, monkeypatch):
+    digits = data.load("digits")
+    broken = digits.train.x.clone()
+    broken[3, 0, 2, 2] = math.nan
+    none = data.Split(digits.train.x[:0], digits.train.y[:0])
+    for train, named in ((data.Split(broken, digits.train.y), "NaN"), (none, "at least one example")):
+        monkeypatch.setitem(
+            data.DATASETS,
+            "digits",
+            lambda _, part=train: data.Dataset("digits", part, digits.test, 10, (1, 8, 8)),
+        )
+        assert named in refused(capsys, "train", "--config", config, "--out", tmp_path / "o")
+        assert not (tmp_path / "o").exists()
+
+
+def test_a_model_that_mixes_examples(capsys, config, tmp_path, monkeypatch):
+    def normalised(input_shape, num_classes, reference, *, widths):
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, widths[0]), nn.BatchNorm1d(widths[0]), nn.Linear(widths[0], 10)
+        )
+
+    monkeypatch.setitem(models.MODELS, "normalised", normalised)
+    config.write_text(TINY.replace("lipschitz_mlp", "normalised").replace("input_radius = 3.0\n", ""))
+    line = refused(capsys, "train", "--config", config, "--out", tmp_path / "o")
+    assert "'2' (BatchNorm1d) mixes examples" in line and "ReferenceShift" in line
+    assert not (tmp_path / "o").exists()

@@ -117,8 +117,8 @@ def test_overstated_param_sensitivity_where_tightness_is_asked() -> None:
 
 def test_wrong_sign_of_per_sample_grad() -> None:
     class Mutant(Linf):
-        def per_sample_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
-            return -super().per_sample_weight_grad(x, g)
+        def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+            return -super().per_sample_weight_grad(x, w, g)
 
     assert rejected_by(Mutant, (5,)) == {"test_per_sample_grad_is_autograd"}
 
@@ -260,8 +260,8 @@ def test_equality_mask_at_ties() -> None:
     class Mutant(LinfDistance):
         """Credits every coordinate that attains the maximum in full."""
 
-        def per_sample_weight_grad(self, x: Tensor, g: Tensor) -> Tensor:
-            t = x[:, None] - self.weight
+        def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+            t = x[:, None] - w
             top = t.abs() == t.abs().amax(-1, keepdim=True)
             return -t.sign() * top * g[..., None]
 
@@ -270,8 +270,8 @@ def test_equality_mask_at_ties() -> None:
 
 def test_order_weights_that_sum_past_one() -> None:
     class Mutant(SortLinear):
-        def distance(self, x: Tensor) -> Tensor:
-            return 1.01 * super().distance(x)
+        def distance(self, x: Tensor, w: Tensor) -> Tensor:
+            return 1.01 * super().distance(x, w)
 
     failed = rejected_by(lambda: Mutant.geometric(6, 4, rho=0.3), (6,))
     assert failed >= {"test_jacobians_obey_operator_norms", "test_per_sample_grad_is_autograd"}

@@ -12,7 +12,8 @@ from dplip.config import OptimizerConfig, parse_config
 from dplip.data import Dataset, Split, load, schema
 from dplip.errors import CheckpointError, ConfigError
 from dplip.report import Report
-from dplip.trainer import certify_run, learning_rate_factor, load_model, prepare, train
+from dplip.session import learning_rate_factor, prepare
+from dplip.trainer import certify_run, load_model, train
 
 
 def make_config(**changes):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Attempts to refute certificates: attacks inside certified balls, and pairs of inputs that beat a Lipschitz constant.
+r"""Attempts to refute certificates by attacks inside certified balls.
 
-An attack that fails proves nothing; one flipped certified example, or one ratio above a certified constant, is a bug.
+An attack that fails proves nothing; one flipped certified example is a bug.
 Projected gradient ascent follows Madry, Makelov, Schmidt, Tsipras, Vladu, Towards Deep Learning Models Resistant to
 Adversarial Attacks, ICLR 2018. The gradient of a distance network is sparse, so half of the runs follow that of a
 smooth relative instead (Athalye, Carlini, Wagner, Obfuscated Gradients Give a False Sense of Security, ICML 2018,
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dplip.audit.ascent import ascend
+from dplip.audit.lipschitz import lipschitz_lower_bound
 from dplip.certify import Certificate
 from dplip.errors import ConfigError
 from dplip.layers import LinfDistance, SortLinear
@@ -268,68 +268,3 @@ def flips(model: nn.Module, x: Tensor, certificate: Certificate, *, fraction: fl
         **options,
     )
     return int(found.flipped.sum())
-
-
-def lipschitz_lower_bound(
-    model: nn.Module,
-    shape: tuple[int, ...],
-    norm: str = "linf",
-    *,
-    restarts: int = 8,
-    steps: int = 60,
-    scale: float = 1.0,
-    seed: int = 0,
-) -> Tensor:
-    """For each pair of classes, the largest ``|d(z_i - z_j)| / ||x - x'||`` found: [C, C] float64.
-
-    Adam on ``x`` and ``x'`` of a float64 copy; starts at random points of size ``scale``, with steepest moves of
-    several sizes. Every entry is a lower bound on the true constant, up to the rounding of one quotient.
-
-    Args:
-        model: returns logits [B, C]; left as it was.
-        shape: of one example.
-        norm: of the input, ``"linf"`` or ``"l2"``.
-        restarts, steps: starts per pair, and ascent steps.
-        scale: size of the inputs at which the search starts.
-        seed: of the starts.
-
-    Raises:
-        ConfigError: ``norm`` is unknown.
-    """
-    if norm not in _NORMS:
-        raise ConfigError(f"lipschitz_lower_bound: expected norm in {_NORMS}, got {norm!r}; choose one of them")
-    twin = copy.deepcopy(model).double().requires_grad_(False)
-    device = next((t.device for t in (*twin.parameters(), *twin.buffers())), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        classes = twin(torch.zeros(1, *shape, dtype=torch.float64, device=device)).shape[1]
-    i, j = torch.triu_indices(classes, classes, 1, device=device).repeat_interleave(restarts, 1)
-    x = (scale * torch.randn(len(i), *shape, generator=generator, dtype=torch.float64)).to(device)
-    sizes = scale * 10.0 ** -(3 * torch.rand(len(i), generator=generator, dtype=torch.float64)).to(device)
-    at = torch.arange(len(i), device=device)
-
-    def difference(point: Tensor) -> Tensor:
-        logits: Tensor = twin(point)
-        return logits[at, i] - logits[at, j]
-
-    x.requires_grad_()
-    with torch.enable_grad():
-        slope = torch.autograd.grad(difference(x).sum(), x, materialize_grads=True, allow_unused=True)[0]
-    ball = _Ball(x.detach(), sizes, norm, None, generator)
-    move = ball.steepest(slope).requires_grad_()
-    best = torch.zeros(len(i), dtype=torch.float64, device=device)
-
-    def ratio() -> Tensor:
-        flat = move.flatten(1)
-        length = flat.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(flat, dim=1)
-        return (difference(x + move) - difference(x)).abs() / length.clamp_min(1e-9 * scale)
-
-    @torch.no_grad()
-    def observe() -> None:
-        torch.maximum(best, ratio().nan_to_num(0.0, 0.0, 0.0), out=best)
-
-    with torch.enable_grad():
-        ascend(ratio, [x, move], steps=steps, lr=0.03 * scale, observe=observe)
-    found = torch.zeros(classes * classes, dtype=torch.float64, device=device)
-    found = found.scatter_reduce(0, i * classes + j, best, "amax").view(classes, classes)
-    return found + found.T

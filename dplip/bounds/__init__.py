@@ -4,11 +4,12 @@
 from dplip.bounds.domain import InputDomain
 from dplip.bounds.graph import Graph, trace
 from dplip.bounds.independence import check_independence
-from dplip.bounds.lipschitz import Lipschitz, lipschitz, unit_radii
+from dplip.bounds.lipschitz import INPUT_NORMS, Lipschitz, lipschitz, unit_radii
 from dplip.bounds.propagate import State, forward, input_like, sensitivities
 from dplip.bounds.rules import register_rule
 
 __all__ = [
+    "INPUT_NORMS",
     "Graph",
     "InputDomain",
     "Lipschitz",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dplip.bounds.operations import Add, Apply, Concat, Operation
-from dplip.bounds.rules import MIXES_EXAMPLES, function_layer, module_layer
+from dplip.bounds.rules import function_layer, mixes_examples, module_layer
 from dplip.bounds.tracer import record
 from dplip.errors import MixesExamplesError, NoRuleError
 from dplip.layers import LipschitzLayer, Reshape, Scale, Shift
@@ -102,16 +102,15 @@ def trace(model: nn.Module) -> Graph:
         MixesExamplesError: a node makes examples depend on one another.
     """
     parameters = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
+    if (remedy := mixes_examples(model)) is not None:
+        raise _mixes("model", model, remedy)
     layer = module_layer(model)
     if layer is not None:
         return Graph((_layer_node("model", layer, "input", parameters),), "input", "model")
-    if isinstance(model, tuple(MIXES_EXAMPLES)):
-        raise _mixes("model", model)
     return _Builder(model, parameters).build(record(model))
 
 
-def _mixes(where: str, module: nn.Module) -> MixesExamplesError:
-    remedy = next(text for kind, text in MIXES_EXAMPLES.items() if isinstance(module, kind))
+def _mixes(where: str, module: nn.Module, remedy: str) -> MixesExamplesError:
     return MixesExamplesError(
         f"bounds: node '{where}' ({type(module).__name__}) mixes examples, so no per-example sensitivity exists; {remedy}"
     )
@@ -164,8 +163,8 @@ class _Builder:
 
     def _module(self, node: fx.Node) -> str:
         module = self.model.get_submodule(str(node.target))
-        if isinstance(module, tuple(MIXES_EXAMPLES)):
-            raise _mixes(str(node.target), module)
+        if (remedy := mixes_examples(module)) is not None:
+            raise _mixes(str(node.target), module, remedy)
         layer = module_layer(module)
         if layer is None:
             raise NoRuleError(

@@ -14,6 +14,7 @@ from torch import nn
 from dplip.bounds.domain import InputDomain
 from dplip.bounds.graph import Graph
 from dplip.bounds.propagate import input_like
+from dplip.bounds.rules import MIXES_EXAMPLES
 from dplip.errors import MixesExamplesError, NoRuleError
 
 __all__ = ["check_independence"]
@@ -27,9 +28,17 @@ def check_independence(model: nn.Module, graph: Graph, domain: InputDomain) -> N
     rules deny them, and branches, hooks or aliases that the trace did not see.
 
     Raises:
-        MixesExamplesError: examples influence one another, or ``forward`` writes to a buffer.
+        MixesExamplesError: examples influence one another, ``forward`` writes to a buffer, or the model holds a module that
+            mixes examples in training mode, whatever mode it is in now.
         NoRuleError: the traced graph computes something else than the model.
     """
+    for name, module in model.named_modules():
+        for kind, remedy in MIXES_EXAMPLES.items():
+            if isinstance(module, kind):
+                raise MixesExamplesError(
+                    f"bounds: node '{name or 'model'}' ({type(module).__name__}) mixes examples when it trains, and what it "
+                    f"keeps for evaluation is not private; {remedy}"
+                )
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     reference = input_like(model, domain)
     generator = torch.Generator().manual_seed(0)

@@ -18,11 +18,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dplip.errors import NoRuleError
-from dplip.layers import Abs, Clamp, Flatten, LipschitzLayer, Monotone, Scale, Shapes
+from dplip.layers import (
+    Abs,
+    AffineConv2d,
+    AveragePool2d,
+    Clamp,
+    Flatten,
+    LipschitzLayer,
+    MaxPool2d,
+    MeanShift,
+    Monotone,
+    Scale,
+    Shapes,
+)
+from dplip.layers.window import Pair, Window, pair
 from dplip.norms import Norms, OperatorNorms
 from dplip.operator_norm import matrix_norms
 
-__all__ = ["MIXES_EXAMPLES", "function_layer", "has_rule", "module_layer", "register_rule"]
+__all__ = ["MIXES_EXAMPLES", "Affine", "function_layer", "has_rule", "mixes_examples", "module_layer", "register_rule"]
 
 Rule = Callable[..., LipschitzLayer]
 _MODULES: dict[type[nn.Module], Rule] = {}
@@ -39,8 +52,23 @@ MIXES_EXAMPLES: Mapping[type[nn.Module], str] = {
         nn.LazyBatchNorm1d,
         nn.LazyBatchNorm2d,
         nn.LazyBatchNorm3d,
+        MeanShift,
     )
 }
+
+
+def mixes_examples(module: nn.Module) -> str | None:
+    """What to use instead of ``module`` where, as it stands, it makes examples depend on one another; None elsewhere.
+
+    A module that has a rule, like :class:`dplip.layers.MeanShift`, mixes them in training mode only. A layer is asked with
+    everything it wraps.
+    """
+    for part in module.modules() if isinstance(module, LipschitzLayer) else (module,):
+        if part.training or not has_rule(part):
+            remedy = next((text for kind, text in MIXES_EXAMPLES.items() if isinstance(part, kind)), None)
+            if remedy is not None:
+                return remedy
+    return None
 
 
 def register_rule(target: Any, rule: Rule) -> None:
@@ -77,7 +105,7 @@ def function_layer(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return None if rule is None else rule(*args, **kwargs)
 
 
-class _Affine(LipschitzLayer):
+class Affine(LipschitzLayer):
     """An unconstrained :class:`torch.nn.Linear`: bounds follow its current, already released weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -107,6 +135,49 @@ class _Affine(LipschitzLayer):
 
     def fan_in(self, shapes: Shapes) -> int:
         return shapes.in_dim + 1
+
+
+def _convolution(module: nn.Conv2d) -> LipschitzLayer:
+    padding = (0, 0) if module.padding == "valid" else module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        raise NoRuleError(
+            f"nn.Conv2d: expected zero padding given as numbers, got padding={module.padding!r} and "
+            f"padding_mode={module.padding_mode!r}; write the numbers"
+        )
+    window = Window(pair(module.kernel_size), pair(module.stride), pair(padding), pair(module.dilation))
+    return AffineConv2d(module.weight, module.bias, window, module.groups)
+
+
+def _max_pool(
+    kernel_size: int | Pair,
+    stride: int | Pair | None = None,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> LipschitzLayer:
+    if pair(dilation) != (1, 1) or ceil_mode or return_indices:
+        raise NoRuleError(
+            "max_pool2d: expected dilation=1, ceil_mode=False and return_indices=False, "
+            f"got {dilation}, {ceil_mode} and {return_indices}; drop them"
+        )
+    return MaxPool2d(kernel_size, stride or None, padding)
+
+
+def _average_pool(
+    kernel_size: int | Pair,
+    stride: int | Pair | None = None,
+    padding: int | Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> LipschitzLayer:
+    if ceil_mode or divisor_override is not None or (not count_include_pad and pair(padding) != (0, 0)):
+        raise NoRuleError(
+            "avg_pool2d: expected ceil_mode=False, count_include_pad=True and no divisor_override, "
+            f"got {ceil_mode}, {count_include_pad} and {divisor_override}; drop them"
+        )
+    return AveragePool2d(kernel_size, stride or None, padding)
 
 
 def _flatten(start_dim: int = 1, end_dim: int = -1) -> LipschitzLayer:
@@ -162,7 +233,12 @@ _MODULE_RULES: dict[type[nn.Module], Callable[[Any], LipschitzLayer]] = {
     nn.Softplus: lambda m: Monotone(m, 1.0),
     nn.Hardtanh: lambda m: _hardtanh(m),
     nn.Flatten: lambda m: _flatten(m.start_dim, m.end_dim),
-    nn.Linear: _Affine,
+    nn.Linear: Affine,
+    nn.Conv2d: _convolution,
+    nn.MaxPool2d: lambda m: _max_pool(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
+    nn.AvgPool2d: lambda m: _average_pool(
+        m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    ),
 }
 _FUNCTION_RULES: list[tuple[tuple[Any, ...], Rule]] = [
     ((torch.relu, F.relu, "relu"), _relu),
@@ -170,6 +246,8 @@ _FUNCTION_RULES: list[tuple[tuple[Any, ...], Rule]] = [
     ((torch.sigmoid, F.sigmoid, "sigmoid"), _sigmoid),
     ((torch.abs, operator.abs, "abs"), Abs),
     ((torch.clamp, torch.clip, "clamp", "clip"), _clamp),
+    ((F.max_pool2d, torch.max_pool2d), _max_pool),
+    ((F.avg_pool2d,), _average_pool),
     ((torch.flatten, "flatten"), lambda start_dim=0, end_dim=-1: _flatten(start_dim, end_dim)),
     ((torch.neg, operator.neg, "neg"), lambda: Scale(-1.0)),
     (("contiguous",), lambda: Scale(1.0)),

@@ -11,7 +11,7 @@ from torch import Tensor
 from dplip.bounds import Graph
 from dplip.bounds.graph import Node
 from dplip.bounds.operations import Apply
-from dplip.bounds.rules import _Affine
+from dplip.bounds.rules import Affine
 from dplip.layers import Flatten, LipschitzLayer, NormalizedLinear, ReferenceShift, Reshape, Scale, Shift
 from dplip.norms import Norms
 
@@ -77,6 +77,6 @@ def _layer(node: Node) -> LipschitzLayer | None:
 
 def _weight(layer: LipschitzLayer) -> Tensor | None:
     # Exact classes: a subclass may compute something else.
-    if isinstance(layer, (NormalizedLinear, _Affine)) and type(layer) in (NormalizedLinear, _Affine):
+    if isinstance(layer, (NormalizedLinear, Affine)) and type(layer) in (NormalizedLinear, Affine):
         return layer.weight.detach()
     return None

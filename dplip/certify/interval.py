@@ -32,7 +32,7 @@ from dplip.certify.subject import Point
 
 __all__ = ["IntervalCertifier"]
 
-_DOUBLINGS, _BISECTIONS = 40, 12
+_DOUBLINGS, _BISECTIONS = 40, 10
 _SEED = 1e-6  # first radius tried, relative to the input, where the margin gives none
 _TRY = 1.001  # boxes that do not beat the margin by this factor are not worth bisecting
 _INTERVAL_ROUNDINGS = 4.0  # centre and half-width, their sum and difference, each rounded like the map itself

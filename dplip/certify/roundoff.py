@@ -65,14 +65,14 @@ class NodeRounding:
         additions: rounded operations per output entry.
         constant: largest magnitude among the node's own constants.
         dim: entries of one example's output.
-        squares: a :class:`BallClip`, whose norm underflows at the root of the smallest number.
+        clips: whether it is a :class:`BallClip`, whose output is nowhere longer than its input.
     """
 
     gain: Tensor
     additions: int
     constant: float
     dim: int
-    squares: bool
+    clips: bool
 
     def push(self, norms: Tensor) -> Tensor:
         """The output's norms [3, B] for inputs that move by ``norms`` [3, B]."""
@@ -87,11 +87,10 @@ class NodeRounding:
         if n * u >= 0.25:
             return torch.full_like(magnitude, math.inf)
         terms = self._terms(magnitude)
-        tiny = math.sqrt(info.tiny) if self.squares else info.tiny
-        underflow = (n + 1) * tiny * (1 + float(self.gain[2, 2].clamp_max(1e300)))
+        # A layer may square its input, so underflow and overflow are met at the roots of the extreme numbers.
+        underflow = (n + 1) * math.sqrt(info.tiny) * (1 + float(self.gain[2, 2].clamp_max(1e300)))
         error = n * u / (1 - n * u) * terms + underflow * self._spread(terms)
-        limit = math.sqrt(info.max) if self.squares else info.max / 4
-        large = torch.maximum(terms[2], magnitude[2]) > limit
+        large = torch.maximum(terms[2], magnitude[2]) > math.sqrt(info.max)
         return torch.where(large | torch.isnan(error), math.inf, error)
 
     def _spread(self, like: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ class NodeRounding:
 
     def _terms(self, magnitude: Tensor) -> Tensor:
         """Norms [3, B] of the vector of sums of magnitudes."""
-        if self.squares:  # the clipped ball: entry by entry, never longer than its input
+        if self.clips:
             return magnitude
         constant = (1 + float(self.gain[2, 2])) * self.constant if self.constant > 0 else 0.0
         linf = times(self.gain[:, 2, None], magnitude).amin(0)
@@ -160,7 +159,7 @@ def _rounding(node: Node, shapes: dict[str, tuple[int, ...]], like: Tensor) -> N
         additions=node.operation.fan_in(around),
         constant=0.0 if layer is None else _constant(layer, around[0].input, like),
         dim=math.prod(shapes[node.name]),
-        squares=isinstance(layer, BallClip),
+        clips=type(layer) is BallClip,
     )
 
 
@@ -170,5 +169,5 @@ def _constant(layer: LipschitzLayer, shape: tuple[int, ...], like: Tensor) -> fl
     held = [*layer.parameters(), *layer.buffers(), inner(like.new_zeros(1, *shape))]
     largest = max(float(t.detach().abs().amax()) if t.numel() else 0.0 for t in held)
     if isinstance(inner, LinearSpline):
-        largest = max(largest, inner.reach)
+        largest = max(largest, inner.reach) / (1.0 if inner.scale is None else inner.scale_range[0])
     return 2 * largest if math.isfinite(largest) else math.inf

@@ -74,12 +74,13 @@ class Subject:
                 f"certify: expected parameters and buffers of one dtype, got {sorted(map(str, mixed))}; "
                 "call model.to(dtype)"
             )
-        self.graph: Graph = trace(copy.deepcopy(model).double())
+        self.graph: Graph = trace(copy.deepcopy(model).double().requires_grad_(False))
         for layer in self.graph.layers():
             reason = layer.refuses_certificate()
             if reason is not None:
                 raise UnsoundCertificate(f"certify: {type(layer).__name__}: {reason}")
 
+    @torch.no_grad()
     def at(self, x: Tensor) -> Point:
         """Evaluate the model and its twin at ``x`` [B, *], which is first rounded to the model's dtype.
 

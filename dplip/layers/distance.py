@@ -16,7 +16,8 @@ from dplip.norms import Norms, OperatorNorms
 
 __all__ = ["INITS", "DistanceLayer", "RowNorms"]
 
-INITS = ("normal", "uniform", "templates")
+INITS = ("normal", "uniform", "templates", "identity")
+_IDENTITY = 10.0  # of the source; larger than the inputs, so that this coordinate attains the maximum
 
 
 class RowNorms(NamedTuple):
@@ -41,7 +42,9 @@ class DistanceLayer(LipschitzLayer):
         in_features: number of inputs ``d``.
         out_features: number of neurons ``m``.
         bias: add a learned ``b``.
-        init: ``"normal"`` N(0, 1), ``"uniform"`` on [0, 1], or ``"templates"`` uniform on {0, 1}.
+        init: ``"normal"`` N(0, 1), ``"uniform"`` on [0, 1], ``"templates"`` uniform on {0, 1}, or ``"identity"``:
+            ``"normal"`` with ``w[o, o mod d] = -10``, so that an l_inf distance starts as ``y_o = x_(o mod d) + 10``
+            wherever no other entry is as far from its weight (needs ``d <= m``; not scaled by ``init_scale``).
         init_scale: factor on the initial weights.
 
     Raises:
@@ -66,6 +69,11 @@ class DistanceLayer(LipschitzLayer):
             )
         if init not in INITS:
             raise ConfigError(f"{where}: expected init in {INITS}, got {init!r}; choose one of them")
+        if init == "identity" and in_features > out_features:
+            raise ConfigError(
+                f"{where}: expected in_features <= out_features for init='identity', got {in_features} and "
+                f"{out_features}; use 'normal' where the layer narrows"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.init, self.init_scale = init, init_scale
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -75,13 +83,16 @@ class DistanceLayer(LipschitzLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights anew from torch's global generator; set the bias to zero."""
-        if self.init == "normal":
+        if self.init in ("normal", "identity"):
             self.weight.normal_()
         else:
             self.weight.uniform_()
             if self.init == "templates":
                 self.weight.round_()
         self.weight.mul_(self.init_scale)
+        if self.init == "identity":
+            rows = torch.arange(self.out_features, device=self.weight.device)
+            self.weight[rows, rows % self.in_features] = -_IDENTITY
         if self.bias is not None:
             self.bias.zero_()
 

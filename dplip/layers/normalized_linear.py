@@ -7,14 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dplip.aol import aol_factors
 from dplip.errors import ConfigError
 from dplip.layers.base import LipschitzLayer, Shapes
 from dplip.norms import Norms, OperatorNorms
 from dplip.operator_norm import matrix_norms, spectral_bound
 
-__all__ = ["BALLS", "NormalizedLinear", "project_rows_l1_"]
+__all__ = ["BALLS", "PROJECTIONS", "NormalizedLinear", "project_rows_l1_"]
 
-BALLS = ("spectral", "frobenius", "rows_l1", "columns_l1")
+BALLS = ("spectral", "frobenius", "rows_l1", "columns_l1", "rows_l2", "entries")
+PROJECTIONS = ("scale", "aol")
+"""Ways into the spectral ball."""
+
+_NEAR = 1 + 1e-5  # closer to the ball than this, scaling replaces the almost-orthogonal rescaling
 
 
 class NormalizedLinear(LipschitzLayer):
@@ -28,6 +33,8 @@ class NormalizedLinear(LipschitzLayer):
     ``frobenius``   ``||W||_F <= 1``                 l_2 to l_2
     ``rows_l1``     every row ``||w_o||_1 <= 1``     l_inf to l_inf
     ``columns_l1``  every column ``||.||_1 <= 1``    l_1 to l_1
+    ``rows_l2``     every row ``||w_o||_2 <= 1``     l_2 to l_inf
+    ``entries``     every ``|w_oi| <= 1``            l_1 to l_inf
     =============== ================================ =====================
 
     Guarantee. The five operator norms are computed from the weight as it is (float64, rounded up), so they hold between
@@ -42,12 +49,14 @@ class NormalizedLinear(LipschitzLayer):
         ball: the constraint set, one of :data:`BALLS`.
         max_norm: radius of the ball.
         orthogonalize: Bjorck steps ``W <- 3/2 W - 1/2 W W^T W`` at each projection onto the spectral ball; they push
-            all
-            singular values towards ``max_norm``, so gradients keep their norm (Anil, Lucas, Grosse, Sorting out
+            all singular values towards ``max_norm``, so gradients keep their norm (Anil, Lucas, Grosse, Sorting out
             Lipschitz function approximation, ICML 2019).
+        projection: how a weight outside the spectral ball gets in, one of :data:`PROJECTIONS`: ``"scale"`` divides by the
+            spectral norm; ``"aol"`` first gives every column its own factor, see :mod:`dplip.aol`.
 
     Raises:
-        ConfigError: a size or ``max_norm`` is not positive, ``ball`` is unknown, or Bjorck is asked of another ball.
+        ConfigError: a size or ``max_norm`` is not positive, ``ball`` or ``projection`` is unknown, or one of the last two
+            arguments is asked of another ball.
         ValueError: ``forward`` gets anything but [B, in_features].
     """
 
@@ -60,6 +69,7 @@ class NormalizedLinear(LipschitzLayer):
         ball: str = "spectral",
         max_norm: float = 1.0,
         orthogonalize: int = 0,
+        projection: str = "scale",
     ) -> None:
         super().__init__()
         if in_features < 1 or out_features < 1 or not 0 < max_norm < float("inf"):
@@ -72,8 +82,14 @@ class NormalizedLinear(LipschitzLayer):
                 f"NormalizedLinear: expected ball in {BALLS} and orthogonalize >= 0 with the spectral ball only, "
                 f"got {ball!r} and {orthogonalize}; fix them"
             )
+        if projection not in PROJECTIONS or (projection != "scale" and ball != "spectral"):
+            raise ConfigError(
+                f"NormalizedLinear: expected projection in {PROJECTIONS}, and other than 'scale' with the spectral ball "
+                f"only, got {projection!r} with {ball!r}; fix it"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.ball, self.max_norm, self.orthogonalize = ball, float(max_norm), orthogonalize
+        self.projection = projection
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._norms: tuple[Tensor, OperatorNorms] | None = None
@@ -119,7 +135,11 @@ class NormalizedLinear(LipschitzLayer):
     def project_(self) -> None:
         w = self.weight
         if self.ball == "spectral":
-            self._scale_into_ball_(spectral_bound(w))
+            sigma = spectral_bound(w)
+            if self.projection == "aol" and sigma > _NEAR * self.max_norm:
+                w.mul_(self.max_norm * aol_factors(w[None, :, :, None, None])[0])
+                sigma = spectral_bound(w)
+            self._scale_into_ball_(sigma)
             for _ in range(self.orthogonalize):
                 v = w / self.max_norm
                 v = v.T if v.shape[0] > v.shape[1] else v
@@ -131,6 +151,12 @@ class NormalizedLinear(LipschitzLayer):
             self._scale_into_ball_(float(torch.linalg.vector_norm(w, dtype=torch.float64)))
         elif self.ball == "rows_l1":
             project_rows_l1_(w, self.max_norm)
+        elif self.ball == "rows_l2":
+            norms = torch.linalg.vector_norm(w, dim=1, keepdim=True, dtype=torch.float64)
+            inside = self.max_norm * (1 - 4 * torch.finfo(w.dtype).eps)  # the product rounds back to at most the radius
+            w.copy_(torch.where(norms > self.max_norm, w * (inside / norms), w.double()).to(w.dtype))
+        elif self.ball == "entries":
+            w.clamp_(-self.max_norm, self.max_norm)
         else:
             columns = w.T.contiguous()
             w.copy_(project_rows_l1_(columns, self.max_norm).T)

@@ -20,7 +20,7 @@ from dplip.kernels.distance import gather_signs
 from dplip.layers.base import Shapes
 from dplip.layers.distance import DistanceLayer, RowNorms
 
-__all__ = ["SortLinear"]
+__all__ = ["SortLinear", "geometric_weights", "top_k_weights"]
 
 _SUM_TOLERANCE = 1e-6  # float32 weights that sum to 1; bounds use the sum as stored, not 1
 
@@ -61,11 +61,11 @@ class SortLinear(DistanceLayer):
         c = torch.as_tensor(order_weights, dtype=torch.get_default_dtype()).detach().clone()
         if c.ndim != 1 or not 1 <= len(c) <= in_features:
             raise ConfigError(
-                f"SortLinear: expected 1..{in_features} order weights, got shape {tuple(c.shape)}; shorten them"
+                f"{type(self).__name__}: expected 1..{in_features} order weights, got shape {tuple(c.shape)}; shorten them"
             )
         if not bool(((c >= 0) & torch.isfinite(c)).all()) or float(c.double().sum()) > 1 + _SUM_TOLERANCE:
             raise ConfigError(
-                f"SortLinear: expected order weights >= 0 of sum <= 1, got min {float(c.min()):g} and "
+                f"{type(self).__name__}: expected order weights >= 0 of sum <= 1, got min {float(c.min()):g} and "
                 f"sum {float(c.double().sum()):g}; divide them by their sum"
             )
         self.register_buffer("order_weights", c)
@@ -84,21 +84,13 @@ class SortLinear(DistanceLayer):
         ``rho = 0`` is the l_inf distance; ``1 - rho`` is the keep probability of the source's training by
         dropout. ``truncation=None`` keeps every coordinate.
         """
-        if not 0 <= rho < 1 or (truncation is not None and truncation < 1):
-            raise ConfigError(
-                f"SortLinear.geometric: expected 0 <= rho < 1 and truncation >= 1, got {rho} and {truncation}; fix them"
-            )
-        k = min(in_features, truncation or in_features) if rho > 0 else 1
-        c = rho ** torch.arange(k, dtype=torch.float64)
-        return cls(in_features, out_features, c / c.sum(), **options)
+        return cls(in_features, out_features, geometric_weights(in_features, rho, truncation), **options)
 
     @classmethod
     def top_k_mean(cls, in_features: int, out_features: int, k: int, **options: Any) -> SortLinear:
         """The mean of the ``k`` largest distances: ``c = (1/k, ..., 1/k)``; gradients are at most
         ``||g||_2 / sqrt(k)``."""
-        if not 1 <= k <= in_features:
-            raise ConfigError(f"SortLinear.top_k_mean: expected 1 <= k <= {in_features}, got {k}; lower k")
-        return cls(in_features, out_features, [1 / k] * k, **options)
+        return cls(in_features, out_features, top_k_weights(in_features, k), **options)
 
     def distance(self, x: Tensor, w: Tensor) -> Tensor:
         return order_statistic(x, w, self.order_weights)
@@ -121,3 +113,21 @@ class SortLinear(DistanceLayer):
     def extra_repr(self) -> str:
         c = self.order_weights
         return f"{super().extra_repr()}, order_weights={len(c)} of sum {float(c.sum()):.4g}"
+
+
+def geometric_weights(entries: int, rho: float, truncation: int | None) -> Tensor:
+    """``c_k = (1 - rho) rho^(k-1)`` for ``k <= min(entries, truncation)``, divided by their sum."""
+    if not 0 <= rho < 1 or (truncation is not None and truncation < 1):
+        raise ConfigError(
+            f"geometric order weights: expected 0 <= rho < 1 and truncation >= 1, got {rho} and {truncation}; fix them"
+        )
+    k = min(entries, truncation or entries) if rho > 0 else 1
+    c = rho ** torch.arange(k, dtype=torch.float64)
+    return c / c.sum()
+
+
+def top_k_weights(entries: int, k: int) -> Tensor:
+    """``1/k`` for each of the ``k`` largest of ``entries`` distances."""
+    if not 1 <= k <= entries:
+        raise ConfigError(f"top-k order weights: expected 1 <= k <= {entries}, got {k}; change k")
+    return torch.full((k,), 1 / k, dtype=torch.float64)

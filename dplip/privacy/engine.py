@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dplip.errors import CheckpointError, DataError, PlanError
 from dplip.layers import LipschitzLayer
 from dplip.losses import BoundedLoss, bounded
 from dplip.privacy.guard import Guard
-from dplip.privacy.noise import NoiseSource, derived_seed
+from dplip.privacy.noise import NoiseSource
 from dplip.privacy.optimizer import ClipFreeOptimizer
 from dplip.privacy.plan import PrivacyPlan
 from dplip.privacy.sampling import PoissonSampler, PrivateLoader
@@ -43,12 +44,15 @@ class ClipFreeEngine:
     ...     loss(model(x), y).backward()
     ...     optimizer.step()
 
-    The module keeps its class and its parameters; two hooks check what the proof assumes (:class:`Guard`).
+    The module keeps its class and its parameters; hooks check what the proof assumes (:class:`Guard`).
 
     Args:
         accountant: ``"pld"`` or ``"rdp"``.
         neighbors: neighbouring relation of the guarantee.
         insecure_seed: fixes noise and sampling for tests; recorded, and not private against who knows it.
+
+    Raises:
+        PlanError: ``accountant`` or ``neighbors`` is unknown.
     """
 
     def __init__(
@@ -58,8 +62,11 @@ class ClipFreeEngine:
         neighbors: Neighbors | str = Neighbors.ADD_OR_REMOVE_ONE,
         insecure_seed: int | None = None,
     ) -> None:
-        self.neighbors = Neighbors(neighbors)
-        self.accountant: Accountant = make_accountant(accountant, self.neighbors)
+        try:
+            self.neighbors = Neighbors(neighbors)
+            self.accountant: Accountant = make_accountant(accountant, self.neighbors)
+        except ValueError as error:
+            raise PlanError(f"engine: {error}; choose a known accountant and relation") from error
         self.insecure_seed = insecure_seed
         self.plan: PrivacyPlan | None = None
         self.optimizer: ClipFreeOptimizer | None = None
@@ -93,7 +100,8 @@ class ClipFreeEngine:
             delta: of the guarantee.
             population: public nominal size of the dataset. Without it ``len(dataset)`` is used, with a warning: that
                 number becomes public.
-            domain: where inputs live. By default any finite input of the first example's shape.
+            domain: where inputs live. By default any finite input of the first example's shape, where an example is a
+                sequence (x, ...).
             plan_options: ``sampling``, ``max_batch_size``, ``allocation`` of :class:`PrivacyPlan`.
 
         Raises:
@@ -136,10 +144,10 @@ class ClipFreeEngine:
         options: dict[str, Any],
     ) -> dict[str, Any]:
         if not isinstance(loader, DataLoader) or loader.batch_size is None:
-            raise PlanError("engine: expected a torch DataLoader with a batch_size, got another; build one with batch_size=")
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        if size == 0:
-            raise DataError("engine: expected a non-empty dataset, got 0 examples; check the data before training")
+            raise PlanError(
+                "engine: expected a torch DataLoader with a batch_size, got another; build one with batch_size="
+            )
+        size = _size(loader.dataset)
         if population is None:
             population = size
             warnings.warn(
@@ -148,6 +156,8 @@ class ClipFreeEngine:
                 PublicSizeWarning,
                 stacklevel=3,
             )
+        if not isinstance(population, int) or population < 1:
+            raise PlanError(f"plan.population: expected an integer >= 1, got {population!r}; fix the configuration")
         q = min(1.0, loader.batch_size / population)
         if (epochs is None) == (steps is None):
             raise PlanError(f"engine: expected either epochs or steps, got {epochs} and {steps}; give one of them")
@@ -180,36 +190,41 @@ class ClipFreeEngine:
                 f"engine: expected a plan for {self.accountant.name} and {self.neighbors.value}, got {plan.accountant} "
                 f"and {plan.neighbors}; create the engine with the plan's"
             )
-        if plan.sampling == "truncated_poisson" and len(dataset) > plan.population:
-            raise PlanError(
-                f"engine: expected at most population={plan.population} examples under truncated sampling, got more; "
-                "raise population, the public upper limit its proof rests on"
-            )
-        sampler = PoissonSampler(plan, len(dataset), self.insecure_seed)
+        sampler = PoissonSampler(plan, _size(dataset), self.insecure_seed)
         loader = PrivateLoader(dataset, sampler, collate)
-        if domain is None:
-            first = dataset[0][0]
-            domain = InputDomain(tuple(torch.as_tensor(first).shape))
+        proved: BoundedLoss = bounded(loss)
+        domain = _default_domain(dataset) if domain is None else domain
+        modes = [(m, m.training) for m in module.modules()]
         module.train()
+        try:
+            private = self._private_optimizer(module, optimizer, plan, StepSensitivity(module, domain, proved))
+        except Exception:  # leave a refused module as it came
+            for part, training in modes:
+                part.training = training
+            raise
         for layer in module.modules():
             if isinstance(layer, LipschitzLayer):
                 layer.project_()
-        proved: BoundedLoss = bounded(loss)
-        sensitivity = StepSensitivity(module, domain, proved)
+        self.plan, self.optimizer, self.loader = plan, private, loader
+        return module, private, loader
+
+    def _private_optimizer(
+        self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity
+    ) -> ClipFreeOptimizer:
         device = next(iter(sensitivity.trainable.values())).device
-        # The noise stream must differ from the sampling stream even under a fixed seed.
-        noise_seed = None if self.insecure_seed is None else derived_seed(self.insecure_seed, 1)
-        noise = NoiseSource(device, noise_seed)
-        self.plan, self.loader = plan, loader
-        self.optimizer = ClipFreeOptimizer(
-            optimizer,
-            plan=plan,
-            sensitivity=sensitivity,
-            accountant=self.accountant,
-            noise=noise,
-            guard=Guard(module, domain, sensitivity.cotangent),
-        )
-        return module, self.optimizer, loader
+        guard = Guard(module, sensitivity.domain, sensitivity.cotangent)
+        try:
+            return ClipFreeOptimizer(
+                optimizer,
+                plan=plan,
+                sensitivity=sensitivity,
+                accountant=self.accountant,
+                noise=NoiseSource(device, self.insecure_seed),
+                guard=guard,
+            )
+        except Exception:
+            guard.remove()
+            raise
 
     def get_epsilon(self, delta: float | None = None) -> float:
         """Proven epsilon of the steps taken so far, at ``delta`` (default: the plan's); ``inf`` without noise.
@@ -240,31 +255,67 @@ class ClipFreeEngine:
         """Continue a run: restores ledger and steps; noise and sampling start from fresh seeds.
 
         Raises:
-            CheckpointError: the saved plan is another one, or the ledger does not match the steps taken.
+            CheckpointError: the saved plan is another one, the ledger is not that of the plan after the steps taken, or
+                this engine has taken more steps, which loading would forget.
         """
         if self.plan is None or self.optimizer is None or self.loader is None:
             raise PlanError("engine: expected make_private before load_state_dict, got no plan; call it first")
         try:
-            saved, steps = state["plan"], int(state["steps_taken"])
-            ledger = state["accountant"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"engine: expected a saved engine state, got a damaged one ({error}); restart") from error
+            saved, steps, ledger = state["plan"], state["steps_taken"], state["accountant"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"engine: expected a saved engine state, got a damaged one ({error}); restart"
+            ) from error
+        if not isinstance(saved, dict) or type(steps) is not int or not 0 <= steps <= self.plan.steps:
+            raise CheckpointError(
+                f"engine: expected a plan and 0 to {self.plan.steps} steps taken, got {steps!r}; the checkpoint is "
+                "damaged, restart"
+            )
         if saved != self.plan.to_dict():
             changed = sorted(k for k in {*saved, *self.plan.to_dict()} if saved.get(k) != self.plan.to_dict().get(k))
             raise CheckpointError(
-                f"engine: expected the plan of the checkpoint, got changes in {changed}; restore them or start a new run"
+                f"engine: expected the plan of the checkpoint, got changes in {changed}; "
+                "restore them or start a new run"
             )
         fresh = make_accountant(self.accountant.name, self.neighbors)
         try:
             fresh.load_state_dict(ledger)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"engine: expected a saved ledger, got a damaged one ({error}); restart") from error
-        recorded = sum(count for _, count in fresh.ledger)
-        if self.plan.noise_multiplier > 0 and recorded != steps:
+        noisy = steps > 0 and self.plan.noise_multiplier > 0
+        if fresh.ledger != (((self.plan.step_event(), steps),) if noisy else ()):
             raise CheckpointError(
-                f"engine: expected a ledger of {steps} steps, got {recorded}; the checkpoint is damaged, restart"
+                f"engine: expected a ledger of {steps} steps of the plan, got {fresh.ledger}; the checkpoint is "
+                "damaged, restart"
+            )
+        if steps < self.optimizer.steps_taken:
+            raise CheckpointError(
+                f"engine: expected a checkpoint of at least {self.optimizer.steps_taken} steps, got {steps}; steps "
+                "taken since would be forgotten, load it into a new engine"
             )
         self.accountant.load_state_dict(ledger)
         self.optimizer.steps_taken = steps
         self.optimizer.noise.continue_from(steps)
         self.loader.sampler.continue_from(steps)
+
+
+def _size(dataset: Any) -> int:
+    if not isinstance(dataset, Sized):
+        raise PlanError(
+            f"engine: expected a map-style dataset with a length, got {type(dataset).__name__}; "
+            "Poisson sampling needs indices"
+        )
+    size = len(dataset)
+    if size == 0:
+        raise DataError("engine: expected a non-empty dataset, got 0 examples; check the data before training")
+    return size
+
+
+def _default_domain(dataset: Any) -> InputDomain:
+    """Any finite input of the first example's shape."""
+    try:
+        return InputDomain(tuple(torch.as_tensor(dataset[0][0]).shape))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise PlanError(
+            f"engine: expected examples (x, ...) with a tensor x, got {type(dataset[0]).__name__}; pass domain="
+        ) from error

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,15 +32,18 @@ class ClipFreeOptimizer(Optimizer):
     N(0, sigma_k^2) to every entry of tensor ``k`` (a missing gradient counts as 0), divide by the public expected batch
     size, take the inner optimizer's step, project the layers. Everything after the noise is post-processing.
 
-    Guarantee. With Poisson batches of probability ``q``, each step is ``PoissonSampled(Gaussian(noise_multiplier), q)`` on
-    the joint gradient (Abadi et al., CCS 2016; sensitivity without clipping: Bethune et al., ICLR 2024), because
-    ``sum_k (s_k / sigma_k)^2 = 1 / noise_multiplier^2``; later steps may choose ``sigma_k`` by released weights (adaptive
-    composition).
+    Guarantee. With Poisson batches of probability ``q``, each step is ``PoissonSampled(Gaussian(noise_multiplier), q)``
+    on the joint gradient (Abadi et al., CCS 2016; sensitivity without clipping: Bethune et al., ICLR 2024), because
+    ``sum_k (s_k / sigma_k)^2 = 1 / noise_multiplier^2``; later steps may choose ``sigma_k`` by released weights
+    (adaptive composition).
+
+    The bounds are those of the forward pass (the largest, after several), so a layer changed between ``backward`` and
+    ``step`` still gets the noise its gradient needs. Gradients left over from before are dropped on construction.
 
     Raises:
-        PlanError: the budget of ``plan.steps`` is used up, a parameter is foreign to the module, or examples may have
-            counted twice.
-        BoundViolation: a gradient is not finite.
+        PlanError: the budget of ``plan.steps`` is used up, a parameter is foreign to the module, the optimizer calls
+            its closure itself (LBFGS), or examples may have counted twice or unchecked.
+        BoundViolation: a gradient is not finite, or moves a tensor whose sensitivity is 0.
     """
 
     def __init__(
@@ -59,15 +64,29 @@ class ClipFreeOptimizer(Optimizer):
         self._names = {id(p): name for name, p in sensitivity.trainable.items()}
         self._projected = [m for m in sensitivity.model.modules() if isinstance(m, LipschitzLayer)]
         self._step_hooks: list[Callable[[ClipFreeOptimizer], None]] = []
+        self._noted: dict[str, Tensors] = {}
+        for p in self._all_parameters():
+            p.grad = None
         self._check_parameters()
+        if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise PlanError(
+                f"optimizer: expected one gradient per step, got {type(optimizer).__name__}, which calls its closure; "
+                "use SGD or Adam"
+            )
+        guard.on_forward = self._note_bounds
+
+    def _all_parameters(self) -> list[Tensor]:
+        held = [p for group in self.param_groups for p in group["params"]]
+        return [*held, *self.sensitivity.trainable.values()]
 
     def _check_parameters(self) -> None:
-        held = {id(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
-        foreign = held - set(self._names)
+        groups = [p for group in self.param_groups for p in group["params"]]
+        held = [p for p in groups if p.requires_grad or p.grad is not None]  # what the inner optimizer would move
+        foreign = sum(id(p) not in self._names for p in held)
         if foreign or not held:
             raise PlanError(
-                f"optimizer: expected trainable parameters of the module only, got {len(foreign)} others and {len(held)} "
-                "in all; build the optimizer from module.parameters()"
+                "optimizer: expected parameters of the module that were trainable when it was made private, got "
+                f"{foreign} others among {len(held)}; build the optimizer from module.parameters()"
             )
 
     @property
@@ -105,10 +124,26 @@ class ClipFreeOptimizer(Optimizer):
         return self.plan.expected_batch_size
 
     def tensors(self) -> dict[str, tuple[Tensors, float]]:
-        """Bound, size and noise standard deviation (of the sum) of each trainable parameter, for the current weights."""
-        bounds = self.sensitivity.tensors()
+        """Bound, size and noise standard deviation (of the sum) of each trainable parameter, for current weights."""
+        return self._with_noise(self.sensitivity.tensors())
+
+    def _with_noise(self, bounds: dict[str, Tensors]) -> dict[str, tuple[Tensors, float]]:
+        weights = self._noise_weights()
+        bounds = {name: t._replace(weight=weights[name]) for name, t in bounds.items()}
         sigma = allocate(self.plan.allocation, bounds, self.plan.noise_multiplier)
         return {name: (t, sigma[name]) for name, t in bounds.items()}
+
+    def _noise_weights(self) -> dict[str, float]:
+        """Squared learning rate of each tensor over the largest, at least 1e-12: what hardly moves may be noisy."""
+        rates = {id(p): float(group.get("lr", 1.0)) for group in self.param_groups for p in group["params"]}
+        top = max(rates.values())
+        if not 0 < top < math.inf:
+            return dict.fromkeys(self.sensitivity.trainable, 1.0)
+        return {n: max(rates.get(id(p), 0.0) / top, 1e-6) ** 2 for n, p in self.sensitivity.trainable.items()}
+
+    def _note_bounds(self) -> None:
+        for name, t in self.sensitivity.tensors().items():
+            self._noted[name] = max(t, self._noted.get(name, t))
 
     def attach_step_hook(self, hook: Callable[[ClipFreeOptimizer], None]) -> None:
         """Call ``hook(self)`` after every private step."""
@@ -116,22 +151,28 @@ class ClipFreeOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.original_optimizer.zero_grad(set_to_none)
+        for p in self.sensitivity.trainable.values():  # also those that the inner optimizer does not hold
+            if set_to_none or p.grad is None:
+                p.grad = None
+            else:
+                p.grad.zero_()
         self.guard.start_step()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Release one noisy step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         if self.steps_taken >= self.plan.steps:
             raise PlanError(
                 f"step: expected at most {self.plan.steps} steps, got one more; the privacy budget of the plan is spent"
             )
+        self._check_parameters()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self.guard.require_one_backward()
-        gradients = [self._summed(p, name) for name, p in self.sensitivity.trainable.items()]
-        tensors = self.tensors()
+        tensors = self._with_noise(self._noted or self.sensitivity.tensors())
+        gradients = [self._summed(p, name, tensors[name][0]) for name, p in self.sensitivity.trainable.items()]
         self._spend()
         for (name, p), gradient in zip(self.sensitivity.trainable.items(), gradients, strict=True):
             p.grad = self.noise.add_(gradient, tensors[name][1]).div_(self.expected_batch_size)
@@ -139,6 +180,7 @@ class ClipFreeOptimizer(Optimizer):
         for layer in self._projected:
             layer.project_()
         self.guard.start_step()
+        self._noted = {}
         for hook in self._step_hooks:
             hook(self)
         return loss
@@ -149,11 +191,17 @@ class ClipFreeOptimizer(Optimizer):
         if self.plan.noise_multiplier > 0:
             self.accountant.compose(self.plan.step_event())
 
-    def _summed(self, p: Tensor, name: str) -> Tensor:
+    def _summed(self, p: Tensor, name: str, tensor: Tensors) -> Tensor:
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         if not bool(torch.isfinite(gradient).all()):
             raise BoundViolation(
-                f"step: expected a finite gradient for '{name}', got NaN or infinity; nothing was released, check the model"
+                f"step: expected a finite gradient for '{name}', got NaN or infinity; nothing was released, "
+                "check the model"
+            )
+        if tensor.bound == 0 and bool(gradient.any()):
+            raise BoundViolation(
+                f"step: expected no gradient for '{name}', on which the traced output does not depend, got one; "
+                "nothing was released, remove what bypasses the module from the loss"
             )
         return gradient
 

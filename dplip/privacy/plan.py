@@ -25,7 +25,7 @@ class PrivacyPlan:
 
     Attributes:
         population: nominal number of examples, a public constant; it sets the divisor and, for truncated sampling,
-            enters the proof. The data may hold more or fewer.
+            enters the proof. The data may hold fewer; more only under plain Poisson sampling.
         sampling_prob: probability ``q`` with which each example enters a step, independently.
         steps: number of noisy steps ``T`` that may be taken.
         delta: failure probability of the guarantee.
@@ -60,10 +60,17 @@ class PrivacyPlan:
         self._require(_is_number(self.delta) and 0 < self.delta < 1, "delta", "0 < delta < 1")
         finite = _is_number(self.noise_multiplier) and 0 <= self.noise_multiplier < math.inf
         self._require(finite, "noise_multiplier", "a finite number >= 0")
-        self._require(self.neighbors in {n.value for n in Neighbors}, "neighbors", [n.value for n in Neighbors])
-        self._require(self.accountant in ACCOUNTANTS, "accountant", sorted(ACCOUNTANTS))
-        self._require(self.allocation in ALLOCATIONS, "allocation", sorted(ALLOCATIONS))
-        self._require(self.sampling in SAMPLINGS, "sampling", SAMPLINGS)
+        target = self.target_epsilon
+        reachable = target is None or (_is_number(target) and 0 < target < math.inf)
+        self._require(reachable, "target_epsilon", "0 < epsilon < inf, or none")
+        choices = {
+            "neighbors": [n.value for n in Neighbors],
+            "accountant": sorted(ACCOUNTANTS),
+            "allocation": sorted(ALLOCATIONS),
+            "sampling": list(SAMPLINGS),
+        }
+        for name, known in choices.items():
+            self._require(getattr(self, name) in known, name, known)
         truncated = self.sampling == "truncated_poisson"
         size = self.max_batch_size
         fits = _is_int(size) and size >= 1 if truncated else size is None
@@ -131,6 +138,8 @@ class PrivacyPlan:
     def epsilon(self, steps: int | None = None) -> float:
         """Proven epsilon at the plan's delta after ``steps`` (default: all) steps; ``inf`` without noise."""
         count = self.steps if steps is None else steps
+        if not _is_int(count) or count < 0:
+            raise PlanError(f"plan.epsilon: expected an integer number of steps >= 0, got {count!r}; fix it")
         if count == 0:
             return 0.0
         if self.noise_multiplier == 0:

@@ -23,12 +23,12 @@ __all__ = ["StepSensitivity"]
 class StepSensitivity:
     """Analytic per-tensor sensitivities of ``sum_b loss(model(x_b), y_b)`` for the model's current weights.
 
-    Guarantee. For any example in ``domain`` and any valid target, the l_2 norm of its gradient in tensor ``k`` is at most
-    ``tensors()[k].bound``; so adding or removing one example moves the summed gradient by at most that, and by
-    :meth:`total` jointly. Proved in exact arithmetic by :func:`dplip.bounds.sensitivities`, then raised by the worst growth
-    of a norm through rounding (:func:`dplip.bounds.rounding.growth`), at least ``FLOOR[dtype]``. The floor stands in
-    for the order of summation over a batch in float32, measured at 3e-4 for 4096 examples, not proved; train in
-    float64 where that matters.
+    Guarantee. For any example in ``domain`` and any valid target, the l_2 norm of its gradient in tensor ``k`` is at
+    most ``tensors()[k].bound``; so adding or removing one example moves the summed gradient by at most that, and by
+    :meth:`total` jointly. Proved in exact arithmetic by :func:`dplip.bounds.sensitivities`, then raised by the worst
+    growth of a norm through rounding (:func:`dplip.bounds.rounding.growth`), at least ``FLOOR[dtype]``. The floor
+    stands in for the order of summation over a batch in float32, measured at 3e-4 for 4096 examples, not proved; train
+    in float64 where that matters.
 
     Raises:
         MixesExamplesError, NoRuleError, UnboundedInputError: see :mod:`dplip.bounds`.
@@ -51,8 +51,8 @@ class StepSensitivity:
             )
         self.dtype = kinds.pop()
         self.graph: Graph = trace(self.model)
+        self.cotangent = self._cotangent()  # evaluates node by node, so a shape that does not fit is named
         check_independence(self.model, self.graph, self.domain)
-        self.cotangent = self._cotangent()
         self.tensors()
 
     def _values(self) -> dict[str, torch.Tensor]:
@@ -65,6 +65,11 @@ class StepSensitivity:
         if logits.ndim != 2:
             raise PlanError(f"sensitivity: expected logits [B, C], got {tuple(logits.shape)}; flatten the output")
         self.numerical_slack = max(FLOOR[self.dtype], growth(self.graph, values, self.dtype))
+        if not math.isfinite(self.numerical_slack):
+            raise PlanError(
+                f"sensitivity: expected sums short enough for {self.dtype}, got a layer whose rounding has no bound; "
+                "train in float64"
+            )
         return self.loss.logit_gradient(logits.shape[1])
 
     def tensors(self) -> dict[str, Tensors]:
@@ -77,4 +82,4 @@ class StepSensitivity:
     @staticmethod
     def total(tensors: dict[str, Tensors]) -> float:
         """Joint l_2 sensitivity of all tensors under adding or removing one example."""
-        return math.sqrt(sum(t.bound**2 for t in tensors.values()))
+        return math.hypot(*(t.bound for t in tensors.values()))

@@ -92,7 +92,7 @@ def test_parameters_are_named_as_in_the_model() -> None:
         {"weight": "0.weight", "bias": "0.bias"},
         {"weight": "1.0.weight"},
     ]
-    assert [type(layer).__name__ for layer in graph.layers()] == ["_Affine", "LinfDistance"]
+    assert [type(layer).__name__ for layer in graph.layers()] == ["Affine", "LinfDistance"]
 
 
 def test_shared_and_tied_parameters_have_one_name() -> None:

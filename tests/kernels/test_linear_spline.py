@@ -9,6 +9,10 @@ from torch import Tensor
 from dplip.kernels.linear_spline import linear_spline, locate
 
 
+def ends(c: Tensor, unit_slope: bool) -> Tensor | None:
+    return torch.ones(len(c), 2, dtype=c.dtype) if unit_slope else None
+
+
 def by_numpy(x: Tensor, c: Tensor, reach: float, unit_slope: bool) -> Tensor:
     knots = np.linspace(-reach, reach, c.shape[1])
     y = np.stack([np.interp(x[:, k].numpy(), knots, c[k].numpy()) for k in range(len(c))], 1)
@@ -23,15 +27,15 @@ def test_value_is_interpolation(intervals: int, reach: float, unit_slope: bool) 
     knots = torch.linspace(-reach, reach, intervals + 1, dtype=torch.float64)
     x = torch.cat([3 * reach * torch.randn(40, dtype=torch.float64), knots, knots * (1 + 1e-15), 1e9 * knots])
     x = x[:, None, None].expand(-1, 3, 2).contiguous()
-    torch.testing.assert_close(linear_spline(x, c, reach, unit_slope), by_numpy(x, c, reach, unit_slope))
+    torch.testing.assert_close(linear_spline(x, c, reach, ends(c, unit_slope)), by_numpy(x, c, reach, unit_slope))
 
 
 @pytest.mark.parametrize("unit_slope", [False, True])
 def test_gradients_are_right(unit_slope: bool) -> None:
     c = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     x = (2 * torch.randn(5, 2, 3, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, c: linear_spline(x, c, 1.0, unit_slope), (x, c))
-    assert torch.autograd.gradgradcheck(lambda x, c: linear_spline(x, c, 1.0, unit_slope), (x, c))
+    assert torch.autograd.gradcheck(lambda x, c: linear_spline(x, c, 1.0, ends(c, unit_slope)), (x, c))
+    assert torch.autograd.gradgradcheck(lambda x, c: linear_spline(x, c, 1.0, ends(c, unit_slope)), (x, c))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -43,7 +47,7 @@ def test_no_input_reads_a_neighbours_coefficients(intervals: int, dtype: torch.d
     edge = torch.tensor([reach, -reach], dtype=dtype)
     x = torch.cat([edge, edge.nextafter(2 * edge), edge.nextafter(0 * edge), 1e30 * edge, torch.zeros(1, dtype=dtype)])
     x = torch.cat([x, torch.tensor([torch.inf, -torch.inf], dtype=dtype)])
-    y = linear_spline(x[:, None, None].expand(-1, 3, 1).contiguous(), c, reach, False)
+    y = linear_spline(x[:, None, None].expand(-1, 3, 1).contiguous(), c, reach, None)
     assert y[:, 1].isfinite().all()
     assert y[:, 1].abs().max() <= 1
 
@@ -57,7 +61,7 @@ def test_location_is_a_convex_combination() -> None:
 
 def test_nan_stays_visible() -> None:
     x = torch.tensor([[[torch.nan]], [[0.5]]])
-    y = linear_spline(x, torch.zeros(1, 3), 1.0, True)
+    y = linear_spline(x, torch.zeros(1, 3), 1.0, torch.ones(1, 2))
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
@@ -74,4 +78,4 @@ def test_nan_stays_visible() -> None:
 )
 def test_operands_that_do_not_fit(x: Tensor, c: Tensor, reach: float) -> None:
     with pytest.raises(ValueError, match="linear_spline: expected"):
-        linear_spline(x, c, reach, False)
+        linear_spline(x, c, reach, None)

@@ -3,9 +3,13 @@
 
 import math
 
+import pytest
 import torch
 
+from dplip.errors import ConfigError
 from dplip.layers import Abs, Clamp, LipschitzLayer, Monotone, Scale
+from dplip.layers.base import Shapes
+from dplip.norms import Norms
 from dplip.testing import LayerContract
 
 
@@ -63,3 +67,24 @@ class TestRelu(LayerContract):
 
     def make(self) -> LipschitzLayer:
         return Monotone(torch.relu, roundings=0)
+
+
+def test_clamp_caps_a_move_and_an_output() -> None:
+    shapes = Shapes((4,), (4,))
+    assert Clamp(-1.0, 2.0).output_bound(Norms(4), shapes).linf == 3.0
+    assert Clamp(-1.0, 2.0).output_bound(Norms(4, linf=0.5), shapes).linf == 0.5
+    assert Clamp(-1.0, 2.0).range_bound(shapes) == Norms(4, linf=2.0)
+    assert Clamp(0.0, math.inf).range_bound(shapes) is None
+    assert Clamp(0.0, math.inf).output_bound(Norms(4), shapes).linf == math.inf
+
+
+@pytest.mark.parametrize("ends", [(1.0, 0.0), (math.nan, 1.0), (0.0, math.nan)])
+def test_clamp_ends_are_ordered(ends: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="lower <= upper"):
+        Clamp(*ends)
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_scale_is_finite(factor: float) -> None:
+    with pytest.raises(ConfigError, match="finite factor"):
+        Scale(factor)

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """l_inf-distance neurons and their power-mean relaxation."""
 
+import math
+
+import pytest
+import torch
+
+from dplip.errors import ConfigError
 from dplip.layers import LinfDistance, LipschitzLayer
+from dplip.layers.base import Shapes
+from dplip.norms import Norms
 from dplip.testing import LayerContract
 
 
@@ -49,3 +57,66 @@ class TestOneByOne(LayerContract):
 
     def make(self) -> LipschitzLayer:
         return LinfDistance(1, 1, bias=False, init="templates")
+
+
+def test_values_by_hand() -> None:
+    layer = LinfDistance(4, 1).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 1.0, 2.0, 3.0]]))
+        layer.bias.fill_(10.0)
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    for p, value in ((math.inf, 13.0), (2, 10 + (14 / 4) ** 0.5), (3, 10 + (36 / 4) ** (1 / 3))):
+        layer.p = p
+        assert float(layer(x).detach()) == pytest.approx(value)
+    layer.power_mean, layer.p = False, 2
+    assert float(layer(x).detach()) == pytest.approx(10 + 14**0.5)
+
+
+def test_bounds_follow_p() -> None:
+    """The plain distance multiplies cotangents by d^(1/p) while p is finite; the power mean never does."""
+    layer, plain, shapes = LinfDistance(16, 3), LinfDistance(16, 3, power_mean=False), Shapes((16,), (3,))
+    g = Norms(3, l1=2.0, l2=1.5)
+    for p, gain, norm in ((math.inf, 1.0, 1.0), (4, 2.0, 0.5), (2, 4.0, 0.25)):
+        layer.p = plain.p = p
+        assert layer.param_sensitivity(Norms(16), g, shapes)["weight"] == pytest.approx(1.5 * norm)
+        assert plain.param_sensitivity(Norms(16), g, shapes)["weight"] == pytest.approx(1.5)
+        assert layer.cotangent_bound(g, shapes).l1 == pytest.approx(2.0)
+        assert plain.cotangent_bound(g, shapes).l1 == pytest.approx(2.0 * gain)
+
+
+def test_only_the_deployed_function_is_certified() -> None:
+    assert LinfDistance(3, 2).refuses_certificate() is None
+    assert LinfDistance(3, 2, p=8).refuses_certificate() is None
+    assert LinfDistance(3, 2, power_mean=False).refuses_certificate() is None
+    assert "p = 8" in LinfDistance(3, 2, p=8, power_mean=False).refuses_certificate()
+
+
+@pytest.mark.parametrize("init", ["normal", "uniform", "templates"])
+def test_initial_weights(init: str) -> None:
+    weight = LinfDistance(50, 40, init=init, init_scale=2.0).weight.detach()
+    if init == "templates":
+        assert set(weight.unique().tolist()) == {0.0, 2.0}
+    elif init == "uniform":
+        assert 0 <= float(weight.min()) < 0.1 and 1.9 < float(weight.max()) <= 2
+    else:
+        assert float(weight.std()) == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"in_features": 0}, {"out_features": 0}, {"init": "zeros"}, {"p": 1.5}, {"p": math.nan}, {"p": -math.inf}],
+    ids=str,
+)
+def test_options_are_checked(options: dict) -> None:
+    with pytest.raises(ConfigError, match="LinfDistance: expected"):
+        LinfDistance(**{"in_features": 3, "out_features": 2} | options)
+    if "p" in options:
+        with pytest.raises(ConfigError, match="2 <= p"):
+            LinfDistance(3, 2).p = options["p"]
+
+
+def test_shapes_are_checked() -> None:
+    for p in (math.inf, 4):
+        for x in (torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3).double()):
+            with pytest.raises(ValueError, match="expected"):
+                LinfDistance(3, 2, p=p)(x)
