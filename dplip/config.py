@@ -84,7 +84,7 @@ class OptimizerConfig:
     """``[optimizer]``: ``kind`` is sgd or adam. The learning rate rises over the fraction ``warmup`` of the steps,
     holds, and falls to ``final`` times its value over the last fraction ``decay``, along a cosine. ``average`` in (0,
     1) averages the released iterates exponentially (post-processing). ``spline_lr`` is the factor on the learning rate
-    of spline coefficients and scales, 1/40 in Ducotterd et al. (JMLR 2024)."""
+    of spline coefficients and scales: what their noise does to a slope is divided by the spacing of the knots."""
 
     kind: str = "adam"
     lr: float = 0.01
@@ -95,7 +95,7 @@ class OptimizerConfig:
     decay: float = 0.8
     final: float = 0.0
     average: float = 0.0
-    spline_lr: float = 0.025
+    spline_lr: float = 0.001
 
 
 @dataclass(frozen=True)

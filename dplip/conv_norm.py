@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Rigorous upper bounds on the operator norms of a zero-padded, strided, dilated, grouped convolution, in float64.
 
-A convolution of stride ``s`` is one of stride 1 on the ``s^2`` phases of its padded input, which are a permutation of it
-(:func:`phases`). There, with kernel ``K_u`` and symbol ``K(theta) = sum_u K_u exp(i <u, theta>)``:
+A convolution of stride ``s`` is one of stride 1 on the ``s^2`` phases of its padded input, which are a permutation of
+it (:func:`phases`). There, with kernel ``K_u`` and symbol ``K(theta) = sum_u K_u exp(i <u, theta>)``:
 
 * Along an axis of known length the convolution is a compression of the circular one of any period that covers the
-  padded input, so its spectral norm is at most ``max sigma(K(theta))`` over that period's frequencies. (A period as long
-  as the unpadded image is *not* enough: windows would see the image's other end in place of zeros.)
-* For any length the norm is at most ``sup sigma(K(theta))`` over the whole circle. For unit vectors ``a, b``, the real part
-  of ``a* K(theta) b``, centred, is a trigonometric polynomial of degree ``n = (U - 1) / 2`` in ``theta`` for ``U`` taps, so at
-  distance ``delta <= pi / (2n)`` from a maximum ``M`` it is at least ``M cos(n delta)`` (M. Riesz, 1914; Borwein and
-  Erdelyi, Polynomials and Polynomial Inequalities, 1995, section 5.1). Frequencies of period ``N`` leave ``delta <= pi / N``:
-  their maximum over ``cos(n pi / N)`` bounds the supremum, axis by axis.
+  padded input, so its spectral norm is at most ``max sigma(K(theta))`` over that period's frequencies. (A period as
+  long as the unpadded image is *not* enough: windows would see the image's other end in place of zeros.)
+* For any length the norm is at most ``sup sigma(K(theta))`` over the whole circle. For unit vectors ``a, b``, the
+  real part of ``a* K(theta) b``, centred, is a trigonometric polynomial of degree ``n = (U - 1) / 2`` in ``theta``
+  for ``U`` taps, so at distance ``delta <= pi / (2n)`` from a maximum ``M`` it is at least ``M cos(n delta)`` (M.
+  Riesz, 1914; Borwein and Erdelyi, Polynomials and Polynomial Inequalities, 1995, section 5.1). Frequencies of period
+  ``N`` leave ``delta <= pi / N``: their maximum over ``cos(n pi / N)`` bounds the supremum, axis by axis.
 * Each ``y = K P x`` with windows ``P``, of which at most ``v`` contain an entry: ``sigma <= sqrt(v) sigma([K_u]_u)``.
 
-``sigma`` is an SVD where a matrix has a short side, else Gram iteration; never power iteration, a lower bound. Groups act on
-disjoint channels, so a norm is the *largest* of theirs. The bound of :mod:`dplip.aol` is taken where it is smaller. Gram iteration on the symbol: Delattre, Barthelemy, Araujo,
-Allauzen, Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram Iteration, ICML 2023.
+``sigma`` is an SVD where a matrix has a short side, else Gram iteration; never power iteration, a lower bound. Groups
+act on disjoint channels, so a norm is the *largest* of theirs. The bound of :mod:`dplip.aol` is taken where it is
+smaller. Gram iteration on the symbol: Delattre, Barthelemy, Araujo, Allauzen, Efficient Bound of Lipschitz Constant
+for Convolutional Layers by Gram Iteration, ICML 2023.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ Pair = tuple[int, int]
 def phases(weight: Tensor, stride: Pair, dilation: Pair, groups: int) -> Tensor:
     """The stride-1 kernel [groups, O / groups, I / groups, sh, sw, U, V] on the phases of the input.
 
-    ``phases[g, o, i, a, b, u, v]`` is the entry of ``weight`` [O, I / groups, kh, kw] at tap ``(t, t')`` with ``t dh = u sh + a``,
-    ``t' dw = v sw + b``, and 0 where there is no such tap.
+    ``phases[g, o, i, a, b, u, v]`` is the entry of ``weight`` [O, I / groups, kh, kw] at tap ``(t, t')`` with ``t dh
+    = u sh + a``, ``t' dw = v sw + b``, and 0 where there is no such tap.
     """
     o, i, kh, kw = weight.shape
     reach = [(k - 1) * d + 1 for k, d in zip((kh, kw), dilation, strict=True)]

@@ -21,18 +21,23 @@ from dplip.layers import (
     BallClip,
     Flatten,
     GroupSort,
+    L2Pool2d,
     LinearSpline,
     LinfDistance,
+    LinfDistanceConv2d,
     LipschitzLayer,
     MaxMin,
+    MaxPool2d,
+    NormalizedConv2d,
     NormalizedLinear,
     ReferenceShift,
     Scale,
     Shift,
+    SortConv2d,
     SortLinear,
 )
 
-__all__ = ["MODELS", "build", "linf_mlp", "lipschitz_mlp", "sort_mlp"]
+__all__ = ["MODELS", "build", "linf_conv", "linf_mlp", "lipschitz_conv", "lipschitz_mlp", "sort_mlp"]
 
 Size = tuple[int, ...]
 
@@ -133,6 +138,60 @@ def _distance_net(
     return nn.Sequential(*modules, Scale(-1.0))
 
 
+def linf_conv(
+    input_shape: Size,
+    num_classes: int,
+    reference: float,
+    *,
+    channels: Sequence[int] = (16, 32),
+    kernel: int = 3,
+    stride: int = 2,
+    widths: Sequence[int] = (64,),
+    p: float = math.inf,
+    top_k: int | None = None,
+    init: str = "templates",
+    hidden_init: str = "normal",
+    hidden_scale: float = 0.1,
+    bias: bool = True,
+) -> nn.Module:
+    """Distance convolutions, then a dense distance network, 1-Lipschitz in l_inf; every layer but the last is shifted.
+
+    Sharing weights over positions costs nothing here: the sensitivity of a convolution is that of a dense layer below
+    another, ``||g||_1``.
+
+    Args:
+        channels: filters of the convolutions, padded by half their kernel.
+        kernel, stride: theirs.
+        widths: neurons of the hidden dense layers.
+        p: exponent of the power mean, see :class:`dplip.layers.LinfDistance`.
+        top_k: the mean of the ``top_k`` largest distances instead (at ``p = inf``).
+        init, hidden_init, hidden_scale, bias: as in :func:`sort_mlp`.
+    """
+    if top_k is not None and not math.isinf(p):
+        raise ConfigError(f"linf_conv: expected either top_k or p, got {top_k} and {p}; give one of them")
+    c, *size = _image("linf_conv", input_shape)
+    modules: list[nn.Module] = []
+    for m in channels:
+        options: dict[str, Any] = {"stride": stride, "padding": kernel // 2, "bias": False}
+        options |= {"init": hidden_init, "init_scale": hidden_scale} if modules else {"init": init}
+        if top_k is None:
+            layer: LipschitzLayer = LinfDistanceConv2d(c, m, kernel, p=p, **options)
+        else:
+            layer = SortConv2d.top_k_mean(c, m, kernel, min(top_k, c * kernel**2), **options)
+        modules.append(ReferenceShift(layer, 0.0 if modules else reference))
+        size = [(n + 2 * (kernel // 2) - kernel) // stride + 1 for n in size]
+        c = m
+
+    def dense(i: int, d: int, m: int, **options: Any) -> LipschitzLayer:
+        if top_k is None:
+            return LinfDistance(d, m, p=p, **options)
+        return SortLinear.top_k_mean(d, m, min(top_k, d), **options)
+
+    start = (0.0, hidden_init) if modules else (reference, init)
+    head = _distance_net((c, *size), num_classes, start[0], dense, widths, 1, start[1], hidden_init, hidden_scale, bias)
+    return nn.Sequential(*modules, *head)
+
+
 def lipschitz_mlp(
     input_shape: Size,
     num_classes: int,
@@ -160,28 +219,90 @@ def lipschitz_mlp(
         orthogonalize: Bjorck steps at each projection of the hidden layers (spectral ball).
         spline_intervals, spline_reach, spline_scaled: grid of the splines, and whether each learns its scale.
     """
+    modules: list[nn.Module] = [Flatten(), Shift(reference), BallClip(input_radius)]
+    d = math.prod(input_shape)
+    for m in widths:
+        act = _activation(activation, m, spline_intervals, spline_reach, spline_scaled)
+        modules += [NormalizedLinear(d, m, bias=bias, ball=ball, orthogonalize=orthogonalize), act]
+        d = m
+    return nn.Sequential(*modules, NormalizedLinear(d, num_classes, bias=bias, ball=ball))
+
+
+def lipschitz_conv(
+    input_shape: Size,
+    num_classes: int,
+    reference: float,
+    *,
+    channels: Sequence[int] = (16, 32),
+    kernel: int = 3,
+    pool: str = "l2",
+    widths: Sequence[int] = (64,),
+    activation: str = "maxmin",
+    bias: bool = False,
+    ball: str = "spectral",
+    input_radius: float = 7.0,
+    projection: str = "scale",
+    orthogonalize: int = 0,
+    spline_intervals: int = 20,
+    spline_reach: float = 1.0,
+    spline_scaled: bool = False,
+) -> nn.Module:
+    """Stages of normalised convolution, 1-Lipschitz activation and 2 x 2 pool, then dense layers as in
+    :func:`lipschitz_mlp`; input clip, activations and splines as there.
+
+    Args:
+        channels: filters of the convolutions, whose padding keeps the image's size.
+        kernel: their odd side.
+        pool: ``"l2"`` (1-Lipschitz in l_2, keeps the norm), ``"max"`` or ``"average"``.
+        widths: neurons of the hidden dense layers.
+        ball: constraint of every weight, one of :data:`dplip.layers.normalized_conv2d.CONV_BALLS`.
+        projection, orthogonalize: see :class:`dplip.layers.NormalizedConv2d`; the last layer is only scaled.
+    """
+    pools: dict[str, Callable[[int], nn.Module]] = {"l2": L2Pool2d, "max": MaxPool2d, "average": AveragePool2d}
+    if pool not in pools or kernel % 2 == 0:
+        raise ConfigError(
+            f"lipschitz_conv: expected pool in {sorted(pools)} and an odd kernel, got {pool!r} and {kernel}"
+        )
+    c, *size = _image("lipschitz_conv", input_shape)
+    modules: list[nn.Module] = [Shift(reference), BallClip(input_radius)]
+    into = {"bias": bias, "ball": ball, "projection": projection, "orthogonalize": orthogonalize}
+    spline = (spline_intervals, spline_reach, spline_scaled)
+    for m in channels:
+        convolution = NormalizedConv2d(c, m, kernel, padding=kernel // 2, **into)
+        modules += [convolution, _activation(activation, m, *spline), pools[pool](2)]
+        c, size = m, [n // 2 for n in size]
+    modules.append(Flatten())
+    d = c * math.prod(size)
+    for m in widths:
+        modules += [NormalizedLinear(d, m, **into), _activation(activation, m, *spline)]
+        d = m
+    return nn.Sequential(*modules, NormalizedLinear(d, num_classes, bias=bias, ball=ball))
+
+
+def _activation(name: str, channels: int, intervals: int, reach: float, scaled: bool) -> nn.Module:
     activations: dict[str, Callable[[int], nn.Module]] = {
         "maxmin": lambda m: MaxMin(),
         "fullsort": lambda m: GroupSort(0),
         "abs": lambda m: Abs(),
         "spline": lambda m: LinearSpline(
             m,
-            intervals=spline_intervals,
-            reach=spline_reach,
+            intervals=intervals,
+            reach=reach,
             ends="match",
             init="maxmin",
-            scaled=spline_scaled,
+            scaled=scaled,
             projection="nearest",
         ),
     }
-    if activation not in activations:
-        raise ConfigError(f"lipschitz_mlp: expected activation in {sorted(activations)}, got {activation!r}")
-    modules: list[nn.Module] = [Flatten(), Shift(reference), BallClip(input_radius)]
-    d = math.prod(input_shape)
-    for m in widths:
-        modules += [NormalizedLinear(d, m, bias=bias, ball=ball, orthogonalize=orthogonalize), activations[activation](m)]
-        d = m
-    return nn.Sequential(*modules, NormalizedLinear(d, num_classes, bias=bias, ball=ball))
+    if name not in activations:
+        raise ConfigError(f"model: expected activation in {sorted(activations)}, got {name!r}")
+    return activations[name](channels)
+
+
+def _image(where: str, shape: Size) -> Size:
+    if len(shape) != 3:
+        raise ConfigError(f"{where}: expected images [C, H, W], got {shape}; use a builder of dense models")
+    return shape
 
 
 def _per_layer(name: str, value: int | Sequence[int] | None, layers: int) -> list[int]:
@@ -195,12 +316,12 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "sort_mlp": sort_mlp,
     "linf_mlp": linf_mlp,
     "lipschitz_mlp": lipschitz_mlp,
+    "linf_conv": linf_conv,
+    "lipschitz_conv": lipschitz_conv,
 }
 
 
-def build(
-    kind: str, options: Mapping[str, Any], *, input_shape: Size, num_classes: int, reference: float
-) -> nn.Module:
+def build(kind: str, options: Mapping[str, Any], *, input_shape: Size, num_classes: int, reference: float) -> nn.Module:
     """The model ``kind`` with its ``options``.
 
     Raises:
@@ -216,4 +337,6 @@ def build(
     try:
         return builder(input_shape, num_classes, reference, **options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"model: expected options that fit {kind}, got {dict(options)} ({error}); fix them") from error
+        raise ConfigError(
+            f"model: expected options that fit {kind}, got {dict(options)} ({error}); fix them"
+        ) from error

@@ -9,8 +9,8 @@ from typing import Any
 
 from dplip.config import RunConfig
 from dplip.data import schema
-from dplip.privacy import PrivacyPlan, StepSensitivity, allocate
-from dplip.session import make_domain, make_loss, make_model, make_plan
+from dplip.privacy import PrivacyPlan, StepSensitivity, allocate, noise_weights
+from dplip.session import make_domain, make_loss, make_model, make_optimizer, make_plan
 
 __all__ = ["PlanTable", "plan_table"]
 
@@ -70,7 +70,8 @@ def plan_table(config: RunConfig) -> PlanTable:
     described = schema(config.data.name)
     plan, loss, model = make_plan(config.privacy), make_loss(config.loss), make_model(config, described)
     sensitivity = StepSensitivity(model.train(), make_domain(config, described), loss)
-    bounds = sensitivity.tensors()
+    weights = noise_weights(make_optimizer(config.optimizer, model).param_groups, sensitivity.trainable)
+    bounds = {name: t._replace(weight=weights[name]) for name, t in sensitivity.tensors().items()}
     sigma = allocate(plan.allocation, bounds, plan.noise_multiplier)
     rows = {}
     for name, t in bounds.items():

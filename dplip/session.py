@@ -28,6 +28,7 @@ __all__ = [
     "make_domain",
     "make_loss",
     "make_model",
+    "make_optimizer",
     "make_plan",
     "prepare",
 ]
@@ -83,7 +84,8 @@ def make_domain(config: RunConfig, schema: Schema) -> InputDomain:
     return InputDomain(schema.input_shape, lower, upper, reference=config.data.reference)
 
 
-def _make_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+    """The plain torch optimizer that an ``[optimizer]`` section stands for."""
     groups = _parameter_groups(config, model)
     if config.kind == "sgd":
         return SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
@@ -144,7 +146,7 @@ def prepare(config: RunConfig, data: Dataset) -> Session:
     engine = ClipFreeEngine(accountant=plan.accountant, neighbors=plan.neighbors, insecure_seed=config.insecure_seed)
     _, optimizer, loader = engine.attach(
         model,
-        _make_optimizer(config.optimizer, model),
+        make_optimizer(config.optimizer, model),
         TensorDataset(*data.train),
         loss,
         plan,

@@ -40,9 +40,7 @@ def _require(found: float, bound: float, what: str, absolute: float = 0.0) -> No
 
 
 def _require_equal(found: Tensor, expected: Tensor, what: str, scale: float = 1.0) -> None:
-    torch.testing.assert_close(
-        found, expected, rtol=1e-9, atol=1e-11 * scale, msg=lambda text: f"{what}: {text}"
-    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11 * scale, msg=lambda text: f"{what}: {text}")
 
 
 class LayerContract:
@@ -131,9 +129,7 @@ class LayerContract:
                 "one_inf": j.abs(),
             }
             for name, value in found.items():
-                _require(
-                    float(value.max()), getattr(claimed, name), f"operator_norms.{name}, scale {scale:g}"
-                )
+                _require(float(value.max()), getattr(claimed, name), f"operator_norms.{name}, scale {scale:g}")
 
     def test_finite_differences_obey_operator_norms(self, layer: LipschitzLayer) -> None:
         shapes = self.shapes(layer)
@@ -151,9 +147,7 @@ class LayerContract:
         for scale in self.scales:
             for x, d, moved in moves(layer, self.inputs(layer, scale), scale):
                 slack = rounding(layer, x + d)
-                self._require_norms(
-                    moved, [[layer.output_bound(c, shapes) for c in cs] for cs in claims(d)], slack
-                )
+                self._require_norms(moved, [[layer.output_bound(c, shapes) for c in cs] for cs in claims(d)], slack)
                 if reach is not None:
                     self._require_norms(layer(x + d).detach(), [[reach]] * len(x), 0.0, "range_bound")
 
@@ -167,9 +161,7 @@ class LayerContract:
             self._require_norms(dx, bounds, 0.0, f"cotangent_bound, scale {scale:g}")
 
     @staticmethod
-    def _require_norms(
-        v: Tensor, bounds: list[list[Norms]], slack: float, what: str = "output_bound"
-    ) -> None:
+    def _require_norms(v: Tensor, bounds: list[list[Norms]], slack: float, what: str = "output_bound") -> None:
         for name, values in measured_norms(v).items():
             for value, several in zip(values.tolist(), bounds, strict=True):
                 _require(value, min(getattr(b, name) for b in several), f"{what}.{name}", slack)
@@ -205,9 +197,7 @@ class LayerContract:
         for name, ratio in reached.items():
             _require(ratio, 1.0, f"largest ratio found for {name}", 1e-6)
             if name in self.tight and ratio < 0.99:
-                raise AssertionError(
-                    f"{name}: expected the search to reach its bound, found {ratio:.4f} of it"
-                )
+                raise AssertionError(f"{name}: expected the search to reach its bound, found {ratio:.4f} of it")
 
     # Gradients and intervals
 
@@ -283,9 +273,7 @@ class LayerContract:
         x = torch.zeros(0, *self.in_shape, dtype=torch.float64, requires_grad=True)
         y = layer(x)
         if tuple(y.shape) != (0, *self.shapes(layer).output):
-            raise AssertionError(
-                f"empty batch: expected [0, *{self.shapes(layer).output}], got {tuple(y.shape)}"
-            )
+            raise AssertionError(f"empty batch: expected [0, *{self.shapes(layer).output}], got {tuple(y.shape)}")
         torch.autograd.grad(y.sum(), [x, *layer.parameters()], materialize_grads=True)
         for name, grad in layer.per_sample_grad(x.detach(), torch.zeros_like(y)).items():
             if tuple(grad.shape) != (0, *layer.get_parameter(name).shape):
@@ -319,9 +307,7 @@ class LayerContract:
             strided = wide(x).detach().requires_grad_()
             (dx,) = torch.autograd.grad(layer(strided), strided, wide(g), materialize_grads=True)
             plain = x.detach().requires_grad_()
-            _require_equal(
-                dx, torch.autograd.grad(layer(plain), plain, g, materialize_grads=True)[0], "strided dx"
-            )
+            _require_equal(dx, torch.autograd.grad(layer(plain), plain, g, materialize_grads=True)[0], "strided dx")
 
     # Parameters
 
@@ -355,6 +341,4 @@ class LayerContract:
                 p.mul_(2).add_(1)
         if not torch.equal(layer(x), y):
             raise AssertionError("deepcopy: changing the copy changes the original")
-        self.test_jacobians_obey_operator_norms(
-            twin
-        )  # no bound may survive from before the parameters changed
+        self.test_jacobians_obey_operator_norms(twin)  # no bound may survive from before the parameters changed

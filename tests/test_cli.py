@@ -12,6 +12,8 @@ from torch import nn
 
 from dplip import data, models
 from dplip.cli import main
+from dplip.config import load_config
+from dplip.session import prepare
 
 TINY = """
 name = "tiny"
@@ -232,3 +234,12 @@ def test_a_model_that_mixes_examples(capsys, config, tmp_path, monkeypatch):
     line = refused(capsys, "train", "--config", config, "--out", tmp_path / "o")
     assert "'2' (BatchNorm1d) mixes examples" in line and "ReferenceShift" in line
     assert not (tmp_path / "o").exists()
+
+
+def test_plan_announces_the_noise_that_training_adds(capsys, config, tmp_path):
+    config.write_text(TINY.replace("widths = [8]", 'widths = [8]\nactivation = "spline"'))
+    assert main(["plan", "--config", str(config), "--format", "json"]) == 0
+    announced = json.loads(capsys.readouterr().out)["sensitivity"]["tensors"]
+    session = prepare(load_config(config), data.load("digits"))
+    added = {name: (t.bound, sigma) for name, (t, sigma) in session.optimizer.tensors().items()}
+    assert {name: (t["bound"], t["sigma"]) for name, t in announced.items()} == pytest.approx(added)

@@ -17,6 +17,10 @@ OPTIONS = {
     "linf_mlp": [{"widths": [6]}, {"p": 8.0, "widths": [6, 6]}],
     "lipschitz_mlp": [{"activation": a} for a in ("maxmin", "fullsort", "abs", "spline")]
     + [{"ball": b, "bias": True} for b in ("frobenius", "rows_l1", "columns_l1")],
+    "linf_conv": [{"channels": [3], "widths": [5]}, {"channels": [2, 4], "stride": 1, "p": 8.0}, {"top_k": 3}],
+    "lipschitz_conv": [{"channels": [4, 2], "pool": pool} for pool in ("l2", "max", "average")]
+    + [{"channels": [4], "activation": "spline", "bias": True}, {"channels": [2], "projection": "aol"}]
+    + [{"channels": [4], "ball": b} for b in ("frobenius", "rows_l1")],
 }
 CASES = [(kind, options) for kind, rows in OPTIONS.items() for options in rows]
 
@@ -36,7 +40,7 @@ def test_built_models_are_bounded(kind, options):
     bounds = sensitivities(graph, states, Norms(CLASSES, l1=2, l2=math.sqrt(2), linf=1))
     assert set(bounds) == {name for name, _ in model.named_parameters()}
     constants = lipschitz(graph, graph.evaluate(input_like(model, domain)))
-    if kind != "lipschitz_mlp":
+    if kind not in ("lipschitz_mlp", "lipschitz_conv"):
         assert constants.linf <= 1 + 1e-6
         assert max(bounds.values()) <= 2
     elif options.get("ball", "spectral") in ("spectral", "frobenius"):
@@ -66,6 +70,11 @@ def test_every_builder_is_covered():
         ("sort_mlp", {"top_k": 2, "wdths": [3]}, "wdths"),
         ("linf_mlp", {"p": 1.0}, "p <= inf"),
         ("lipschitz_mlp", {"activation": "gelu"}, "activation"),
+        ("lipschitz_conv", {"pool": "min"}, "pool"),
+        ("lipschitz_conv", {"kernel": 2}, "odd"),
+        ("lipschitz_conv", {"ball": "columns_l1"}, "ball"),
+        ("linf_conv", {"top_k": 2, "p": 8.0}, "top_k"),
+        ("linf_conv", {"kernel": 9, "stride": 0}, "linf_conv|stride"),
         ("lipschitz_mlp", {"ball": "cube"}, "ball"),
         ("lipschitz_mlp", {"widths": "many"}, "lipschitz_mlp"),
         ("lipschitz_mlp", {"input_radius": 0.0}, "radius"),

@@ -96,9 +96,7 @@ def search_gradients(
     def project() -> None:
         g.div_(_per_example(torch.linalg.vector_norm(g.flatten(1), dim=1).clamp_min(1e-12), g))
 
-    ascend(
-        objective, [x, g, *layer.parameters()], steps=steps, lr=lr, observe=observe, project=project, every=5
-    )
+    ascend(objective, [x, g, *layer.parameters()], steps=steps, lr=lr, observe=observe, project=project, every=5)
     return best
 
 
@@ -141,7 +139,5 @@ def search_moves(
         size = torch.linalg.vector_norm(d.flatten(1), dim=1).clamp_min(1e-30)
         d.mul_(_per_example((least / size).clamp_min(1.0), d))
 
-    ascend(
-        objective, [x, d, *layer.parameters()], steps=steps, lr=lr, observe=observe, project=project, every=5
-    )
+    ascend(objective, [x, d, *layer.parameters()], steps=steps, lr=lr, observe=observe, project=project, every=5)
     return best

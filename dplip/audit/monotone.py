@@ -20,7 +20,8 @@ class MonotoneAttack:
     """The worst pair found for every start and asked direction.
 
     Attributes:
-        descent: [R] float64, the largest ``-s (f_j(x + t e_i) - f_j(x))`` found; positive means the output moved the wrong way.
+        descent: [R] float64, the largest ``-s (f_j(x + t e_i) - f_j(x))`` found; positive where the output moved
+            the wrong way.
         output, feature: [R] int64, j and i.
         x: [R, d], the lower end of the pair.
         step: [R] float64, t > 0.
@@ -74,7 +75,8 @@ def monotone_violations(
     asked = signs.expand(outputs, starts.shape[1]).nonzero()
     if not bool((low < high).all()) or not len(asked):
         raise ConfigError(
-            "monotone_violations: expected lower < upper and a direction that is not 0, got none; fix the domain or directions"
+            "monotone_violations: expected lower < upper and a direction that is not 0, "
+            "got none; fix the domain or directions"
         )
     generator = torch.Generator().manual_seed(seed)
     x = starts.double().clamp(low, high).repeat_interleave(len(asked), 0).requires_grad_()

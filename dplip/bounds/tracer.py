@@ -31,11 +31,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            has_rule(m)
-            or isinstance(m, tuple(MIXES_EXAMPLES))
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        return has_rule(m) or isinstance(m, tuple(MIXES_EXAMPLES)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def record(model: nn.Module) -> fx.Graph:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Certificates of monotonicity: proved intervals for the slope of every output in every input.
 
-Theorem. Let two bounds travel through the traced model for each input ``i``: intervals that contain the secant slopes of
-every node in direction ``e_i`` (:mod:`dplip.certify.slopes`), and norms of that move, pushed by the operator norms of
-:mod:`dplip.norms` from a unit vector (``L_{1->b}`` of the model up to the node). Either is valid at every node, so their
-intersection is. If the output's interval is ``[a, b]`` with ``a >= 0`` (``b <= 0``), the output never falls (rises) when
-``x_i`` alone rises. For ``f(x) + sum_i strength_i s_i x_i`` the interval is within ``[strength_i - B_i, strength_i + B_i]`` where
-``B_i`` is the smaller of the column sums of ``|W_L| ... |W_1|`` and ``L_{1->inf}``.
+Theorem. Let two bounds travel through the traced model for each input ``i``: intervals that contain the secant slopes
+of every node in direction ``e_i`` (:mod:`dplip.certify.slopes`), and norms of that move, pushed by the operator norms
+of :mod:`dplip.norms` from a unit vector (``L_{1->b}`` of the model up to the node). Either is valid at every node, so
+their intersection is. If the output's interval is ``[a, b]`` with ``a >= 0`` (``b <= 0``), the output never falls
+(rises) when ``x_i`` alone rises. For ``f(x) + sum_i strength_i s_i x_i`` the interval is within ``[strength_i - B_i,
+strength_i + B_i]`` where ``B_i`` is the smaller of the column sums of ``|W_L| ... |W_1|`` and ``L_{1->inf}``.
 
-Without a box this holds in all of space. With one it holds for ``x`` and ``x + t e_i`` in the box, and pieces of the model
-that the box cannot reach (dead neurons, settled orders) drop out.
+Without a box this holds in all of space. With one it holds for ``x`` and ``x + t e_i`` in the box, and pieces of the
+model that the box cannot reach (dead neurons, settled orders) drop out.
 
-The claim is about the exact function with the stored weights; the deployed one follows it up to its own rounding. Interval
-arithmetic is in float64, rounded outwards.
+The claim is about the exact function with the stored weights; the deployed one follows it up to its own rounding.
+Interval arithmetic is in float64, rounded outwards.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def slope_bounds(
         )
     if not bool((torch.isfinite(lower) & torch.isfinite(upper) & (lower <= upper)).all()):
         raise DataError("certify_monotone: expected finite boxes with lower <= upper, got others; clean them")
-    ends = [(e.double(), f.double()) for e, f in zip(lower.split(_CHUNK), upper.split(_CHUNK), strict=True)]
-    parts = [propagate(box, origin) for box in ends if len(box[0])]
+    rows = [slice(k, k + _CHUNK) for k in range(0, len(lower), _CHUNK)]
+    parts = [propagate((lower[r].to(origin), upper[r].to(origin)), origin) for r in rows]
     if not parts:
         size = (0, values[subject.graph.output].shape[1], in_features)
         return origin.new_zeros(size), origin.new_zeros(size)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Rules that carry intervals of secant slopes through single layers.
 
-A secant slope of ``f`` in direction ``e_i`` is ``(f(x + t e_i) - f(x)) / t``. If those of a layer's input lie in ``[low,
-high]`` entry by entry, a rule returns such bounds for its output, in exact arithmetic:
+A secant slope of ``f`` in direction ``e_i`` is ``(f(x + t e_i) - f(x)) / t``. If those of a layer's input lie in
+``[low, high]`` entry by entry, a rule returns such bounds for its output, in exact arithmetic:
 
 * affine ``W x + b``: ``W_+ low + W_- high`` and ``W_+ high + W_- low``;
 * elementwise maps with slopes in [s, S]: the extremes of the four products;
@@ -76,7 +76,7 @@ def _pieces(low: Tensor, high: Tensor, inner: float) -> Secants:
     return torch.where(low, one, zero), torch.where(high, zero, one)
 
 
-_DERIVATIVES = {
+_DERIVATIVES: dict[Any, Callable[[Tensor], Tensor]] = {
     torch.tanh: lambda x: 1 - torch.tanh(x).square(),
     torch.sigmoid: lambda x: torch.sigmoid(x) * torch.sigmoid(-x),
 }
@@ -165,7 +165,8 @@ def _(layer: Shift | PositionBias, box: Box | None, shape: tuple[int, ...]) -> S
 
 
 def _linear_secants(low: Tensor, high: Tensor, weight: Tensor) -> Secants:
-    """Slopes [B, O, d] behind ``x -> weight x`` given those before it, [B, I, d]; widened by the rounding of the sums."""
+    """Slopes [B, O, d] behind ``x -> weight x`` given those before it, [B, I, d]; widened by the rounding of the
+    sums."""
     positive, negative = weight.clamp_min(0), weight.clamp_max(0)
     below, above = positive @ low + negative @ high, positive @ high + negative @ low
     slack = (2 * weight.shape[1] + 16) * _UNIT * (weight.abs() @ torch.maximum(low.abs(), high.abs()))
@@ -187,7 +188,8 @@ def secants(layer: LipschitzLayer, low: Tensor, high: Tensor, box: Box | None) -
 
 
 def _rule(dispatcher: Any, layer: LipschitzLayer) -> _Rule:
-    """The rule for ``layer``'s class, or the default where a subclass computes something else than the class of the rule."""
+    """The rule for ``layer``'s class, or the default where a subclass computes something else than the class of the
+    rule."""
     known = next(kind for kind in type(layer).__mro__ if kind in dispatcher.registry)
     same = getattr(known, "forward", None) is type(layer).forward
     rule: _Rule = dispatcher.dispatch(known if same else object)
@@ -255,10 +257,10 @@ def _(layer: Householder, low: Tensor, high: Tensor, box: Box | None) -> Secants
     image = torch.stack([m[0] for m in mirrored]), torch.stack([m[1] for m in mirrored])
     kept = flipped = torch.zeros((), dtype=torch.bool)
     if box is not None:
-        ends = [v.squeeze(-1) * e.reshape(e.shape[0], *size).movedim(2, 0) for e in box]
-        slack = 1e-14 * (ends[0].abs() + ends[1].abs()).sum(0)
-        kept = (torch.minimum(*ends).sum(0) > slack).unsqueeze(-1)
-        flipped = (torch.maximum(*ends).sum(0) < -slack).unsqueeze(-1)
+        depths = [v.squeeze(-1) * e.reshape(e.shape[0], *size).movedim(2, 0) for e in box]
+        slack = 1e-14 * (depths[0].abs() + depths[1].abs()).sum(0)
+        kept = (torch.minimum(*depths).sum(0) > slack).unsqueeze(-1)
+        flipped = (torch.maximum(*depths).sum(0) < -slack).unsqueeze(-1)
     below = torch.where(kept, pairs[0], torch.where(flipped, image[0], torch.minimum(pairs[0], image[0])))
     above = torch.where(kept, pairs[1], torch.where(flipped, image[1], torch.maximum(pairs[1], image[1])))
     return below.movedim(0, 2).reshape(low.shape), above.movedim(0, 2).reshape(low.shape)

@@ -22,6 +22,7 @@ from dplip.layers.normalized_conv2d import NormalizedConv2d
 from dplip.layers.normalized_linear import NormalizedLinear
 from dplip.layers.order_statistic_linear import OrderStatisticLinear
 from dplip.layers.position_bias import PositionBias
+from dplip.layers.random_features import RandomFeatures
 from dplip.layers.reference_shift import ReferenceShift
 from dplip.layers.sort_conv2d import SortConv2d
 from dplip.layers.sort_linear import SortLinear
@@ -57,6 +58,7 @@ __all__ = [
     "OrderStatisticLinear",
     "PositionBias",
     "Ramp",
+    "RandomFeatures",
     "ReferenceShift",
     "Reshape",
     "Residual",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dplip.conv_norm import conv_norms
@@ -21,15 +21,15 @@ class AffineConv2d(LipschitzLayer):
     r"""``y = conv2d(x, W) + b`` with zero padding; ``x`` [B, C, H, W], ``weight`` [m, C / groups, kh, kw], ``y``
     [B, m, H', W'].
 
-    Guarantee. Operator norms are those of the current weight at the current size (:mod:`dplip.conv_norm`). Let an entry of
-    the image lie in at most ``v`` windows and a window contain at most ``n`` entries (both exact for the size, borders
-    included), of which there are ``S``. With windows ``P``, ``dL/dW = G P^T``, so one example has ``||dL/dW||_F <= min(sqrt(v)
-    ||g||_2 ||x||_2, min(||g||_1, sqrt(S) ||g||_2) A)``, ``A = min(||x||_2, sqrt(n) ||x||_inf)``, and ``||dL/db||_2 <=
-    min(||g||_1, sqrt(S) ||g||_2)``: the input must be bounded.
+    Guarantee. Operator norms are those of the current weight at the current size (:mod:`dplip.conv_norm`). Let an
+    entry of the image lie in at most ``v`` windows and a window contain at most ``n`` entries (both exact for the
+    size, borders included), of which there are ``S``. With windows ``P``, ``dL/dW = G P^T``, so one example has
+    ``||dL/dW||_F <= min(sqrt(v) ||g||_2 ||x||_2, min(||g||_1, sqrt(S) ||g||_2) A)``, ``A = min(||x||_2, sqrt(n)
+    ||x||_inf)``, and ``||dL/db||_2 <= min(||g||_1, sqrt(S) ||g||_2)``: the input must be bounded.
 
     Args:
-        weight: shared with whoever owns it.
-        bias: [m] or None.
+        weight: a parameter, shared with whoever owns it.
+        bias: a parameter [m], or None.
         window: geometry.
         groups: filters of group ``i`` see the channels of group ``i`` only.
 
@@ -37,7 +37,7 @@ class AffineConv2d(LipschitzLayer):
         ValueError: ``forward`` gets anything but [B, C, H, W] with at least one window.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, window: Window, groups: int = 1) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> None:
         super().__init__()
         self.weight, self.bias, self.window, self.groups = weight, bias, window, groups
         self._norms: tuple[Tensor, Pair, OperatorNorms] | None = None

@@ -19,8 +19,8 @@ class AveragePool2d(LipschitzLayer):
     """Mean over every window; ``x`` [B, C, H, W] -> [B, C, H', W']. Padding counts as zeros.
 
     Guarantee. A row of the Jacobian has at most ``n = kh kw`` entries ``1/n`` and a column at most ``v`` of them, the
-    windows that share an entry (exact for the size at hand, at most ``ceil(k/s)^2``): norms ``(1, n^-1/2, sqrt(v/n), v/n,
-    1/n)``.
+    windows that share an entry (exact for the size at hand, at most ``ceil(k/s)^2``): norms ``(1, n^-1/2, sqrt(v/n),
+    v/n, 1/n)``.
 
     Args:
         kernel_size: number or pair.

@@ -72,10 +72,10 @@ class Share(LipschitzLayer):
 class ConvexMix(nn.Module):
     """``y = (1 - a) x + a f(x)`` with a learned ``a`` in [0, 1], for any traceable ``branch`` f of equal shapes.
 
-    Not a leaf: the trace sees both shares, the branch and the addition. So the norms are ``(1 - a) + a L_f``, the branch
-    receives the cotangent times ``a``, and one example's gradient in ``a`` is at most the pairing of its cotangent
-    with ``||x|| + ||f(x)||``. A 1-Lipschitz branch gives a 1-Lipschitz mix at every ``a``. For a fixed ``a`` use
-    :class:`dplip.layers.Residual`.
+    Not a leaf: the trace sees both shares, the branch and the addition. So the norms are ``(1 - a) + a L_f``, the
+    branch receives the cotangent times ``a``, and one example's gradient in ``a`` is at most the pairing of its
+    cotangent with ``||x|| + ||f(x)||``. A 1-Lipschitz branch gives a 1-Lipschitz mix at every ``a``. For a fixed ``a``
+    use :class:`dplip.layers.Residual`.
 
     Raises:
         ConfigError: ``mix`` is outside [0, 1].

@@ -27,11 +27,12 @@ class DistanceConv2d(DistanceLayer):
     [B, m, H', W'], ``weight`` [m, d] with ``d = (C / groups) kh kw``: row ``o`` is filter ``o``, flattened from
     [C / groups, kh, kw]. A padded entry takes part in the distance as the constant 0.
 
-    Guarantee. Let rows of ``d`` have norms at most ``(k1, k2, kinf)``, let an image's entry lie in at most ``v`` windows
-    (exact for the size at hand, at most ``ceil(k/s)^2``) and be seen by ``n = v m / groups`` outputs; ``S`` windows. Then
-    ``||J|| <= (k1, k2, sqrt(n) k2, n kinf, kinf)``, since ``sum_rows <r, x>^2 <= k2^2 sum_windows ||P_s x||^2``; padding
-    only shortens rows. One example has ``dL/dw_o = -sum_s g[o, s] r[o, s]``, so ``||dL/dW||_F <= k2 min(||g||_1, sqrt(S)
-    ||g||_2)`` and ``||dL/db||_2 <= min(||g||_1, sqrt(S) ||g||_2)``, for any input and any weights.
+    Guarantee. Let rows of ``d`` have norms at most ``(k1, k2, kinf)``, let an image's entry lie in at most ``v``
+    windows (exact for the size at hand, at most ``ceil(k/s)^2``) and be seen by ``n = v m / groups`` outputs; ``S``
+    windows. Then ``||J|| <= (k1, k2, sqrt(n) k2, n kinf, kinf)``, since ``sum_rows <r, x>^2 <= k2^2 sum_windows ||P_s
+    x||^2``; padding only shortens rows. One example has ``dL/dw_o = -sum_s g[o, s] r[o, s]``, so ``||dL/dW||_F <= k2
+    min(||g||_1, sqrt(S) ||g||_2)`` and ``||dL/db||_2 <= min(||g||_1, sqrt(S) ||g||_2)``, for any input and any
+    weights.
 
     Args:
         in_channels: ``C``.
@@ -70,9 +71,7 @@ class DistanceConv2d(DistanceLayer):
     def _windows(self, x: Tensor) -> Tensor:
         """The windows of each group as rows: [groups, B S, d]."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"{type(self).__name__}: expected x [B, {self.in_channels}, H, W], got {tuple(x.shape)}"
-            )
+            raise ValueError(f"{type(self).__name__}: expected x [B, {self.in_channels}, H, W], got {tuple(x.shape)}")
         columns = self.window.unfold(x).unflatten(1, (self.groups, self.in_features))
         return columns.permute(1, 0, 3, 2).flatten(1, 2)
 

@@ -23,13 +23,12 @@ class Householder(LipschitzLayer):
 
     Shapes: ``x`` [B, 2 K, *] in consecutive pairs, ``angle`` [K], ``y`` as ``x``.
 
-    Guarantee. Continuous and orthogonal almost everywhere: 1-Lipschitz in l_2 and ``max(1, |cos angle| + |sin angle|) <=
-    sqrt(2)`` in l_inf and l_1. The derivative of ``y`` in the angle is at most as long as ``z``, so one
-    example's gradient is at most ``min(||g||_2 ||x||_2, sqrt(2) ||g||_inf ||x||_1, sqrt(2) ||x||_inf min(||g||_1, sqrt(S)
-    ||g||_2))`` with S positions: the input must be bounded.
+    Guarantee. Continuous and orthogonal almost everywhere: 1-Lipschitz in l_2 and ``max(1, |cos angle| + |sin angle|)
+    <= sqrt(2)`` in l_inf and l_1. The derivative of ``y`` in the angle is at most as long as ``z``, so one
+    example's gradient is at most ``min(||g||_2 ||x||_2, sqrt(2) ||g||_inf ||x||_1, sqrt(2) ||x||_inf min(||g||_1,
+    sqrt(S) ||g||_2))`` with S positions: the input must be bounded.
 
-    Source: Singla, Singla, Feizi, Improved Deterministic l2 Robustness on CIFAR-10 and CIFAR-100, ICLR 2022, section 4
-    (equation 5, of order 2).
+    Source: Singla, Singla, Feizi, Improved Deterministic l2 Robustness on CIFAR-10 and CIFAR-100, ICLR 2022, section 4.
 
     Args:
         channels: number of channels, even.
@@ -44,7 +43,8 @@ class Householder(LipschitzLayer):
         super().__init__()
         if channels < 2 or channels % 2 or not math.isfinite(angle):
             raise ConfigError(
-                f"Householder: expected an even number of channels and a finite angle, got {channels} and {angle}; fix them"
+                f"Householder: expected an even number of channels and a finite angle, got {channels} and {angle}; "
+                "fix them"
             )
         self.channels = channels
         self.angle = nn.Parameter(torch.full((channels // 2,), float(angle)))
@@ -95,7 +95,7 @@ class Householder(LipschitzLayer):
         points = [torch.stack([a[0], b[1]]) for a in (low, high) for b in (low, high)]
         for box in (low, high):
             for edge, other in ((0, 1), (1, 0)):
-                # On v . z = 0 with z[edge] fixed; anything not finite or outside is moved to the box, and harmless there.
+                # On v . z = 0 with z[edge] fixed; what is not finite or outside moves to the box, harmless there.
                 at = (-v[edge] * box[edge] / v[other]).nan_to_num(0.0)
                 pair = [box[edge], torch.minimum(torch.maximum(at, low[other]), high[other])]
                 points.append(torch.stack(pair if edge == 0 else pair[::-1]))

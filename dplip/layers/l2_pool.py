@@ -20,11 +20,11 @@ __all__ = ["L2Pool2d"]
 class L2Pool2d(LipschitzLayer):
     r"""``y = (eps + sum_window x^2)^(1/2)`` per channel; ``x`` [B, C, H, W] -> [B, C, H', W'].
 
-    Guarantee. A row of the Jacobian is ``x / y`` on its window, at most a unit vector, and an entry lies in at most ``v``
-    windows of at most ``n`` entries (both exact for the size at hand): norms ``(sqrt(n), 1, sqrt(v), v, 1)``. Windows that
-    tile keep the l_2 norm of the image. ``eps > 0`` raises the output of a dark window to ``sqrt(eps)``, which the bounds
-    see through the reference input; at ``eps = 0`` the gradient of a zero window is 0. Squares are taken of ratios, so they
-    neither over- nor underflow.
+    Guarantee. A row of the Jacobian is ``x / y`` on its window, at most a unit vector, and an entry lies in at most
+    ``v`` windows of at most ``n`` entries (both exact for the size at hand): norms ``(sqrt(n), 1, sqrt(v), v, 1)``.
+    Windows that tile keep the l_2 norm of the image. ``eps > 0`` raises the output of a dark window to ``sqrt(eps)``,
+    which the bounds see through the reference input; at ``eps = 0`` the gradient of a zero window is 0. Squares are
+    taken of ratios, so they neither over- nor underflow.
 
     Source: Boureau, Ponce, LeCun, A Theoretical Analysis of Feature Pooling in Visual Recognition, ICML 2010.
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dplip.errors import ConfigError
+from dplip.kernels.distance import gather_signs
 from dplip.kernels.order_statistic import (
     order_statistic,
     order_statistic_indices,
     order_statistic_interval,
 )
-from dplip.kernels.distance import gather_signs
 from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_rows
 from dplip.layers.base import Shapes
 from dplip.layers.distance import DistanceLayer, RowNorms

@@ -31,9 +31,7 @@ class MaxPool2d(LipschitzLayer):
         ValueError: ``forward`` gets anything but [B, C, H, W].
     """
 
-    def __init__(
-        self, kernel_size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0
-    ) -> None:
+    def __init__(self, kernel_size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0) -> None:
         super().__init__()
         self.window = Window(pair(kernel_size), pair(kernel_size if stride is None else stride), pair(padding))
         self.window.require_half_padding()

@@ -20,7 +20,8 @@ __all__ = ["MonotoneResidual", "Ramp"]
 class Ramp(LipschitzLayer):
     r"""``y_j = sum_i strength_i directions_ji x_i``: a linear map of fixed signs and non-negative strengths.
 
-    Shapes: ``x`` [B, d], ``directions`` (fixed) [outputs, d] in {-1, 0, 1}, ``strength`` [1] or [d], ``y`` [B, outputs].
+    Shapes: ``x`` [B, d], ``directions`` (fixed) [outputs, d] in {-1, 0, 1}, ``strength`` [1] or [d], ``y`` [B,
+    outputs].
 
     Guarantee. The five operator norms are those of the matrix as it is. For one direction on all d inputs and m equal
     outputs they are ``strength`` times (d, sqrt(d), sqrt(d m), m, 1). One example's gradient in a learned strength is
@@ -119,13 +120,14 @@ class MonotoneResidual(nn.Module):
     Not a leaf: the trace sees the branch, the ramp and the addition. So the wrapper's Lipschitz constants are the
     branch's plus ``strength`` times (d, sqrt(d), sqrt(d m), m, 1): on one feature, up to twice the branch's, not once.
 
-    Source: Kitouni, Nolte, Williams, Expressive Monotonic Neural Networks, ICLR 2023, section 3.2 (equation 4).
+    Source: Kitouni, Nolte, Williams, Expressive Monotonic Neural Networks, ICLR 2023, section 3.
 
     Args:
         branch: f.
         directions: [d], the same for every output, or [outputs, d]; -1 decreasing, 0 free, 1 increasing.
         outputs: number of outputs of f.
-        strength, learned, least: see :class:`Ramp`. ``least`` at the branch's own bound keeps a learned strength monotone.
+        strength, learned, least: see :class:`Ramp`. ``least`` at the branch's own bound keeps a learned strength
+        monotone.
 
     Raises:
         ConfigError: ``directions`` is neither shape, or an argument of :class:`Ramp` is out of range.

@@ -23,7 +23,8 @@ _NEAR = 1 + 1e-5  # closer to the ball than this, scaling replaces the almost-or
 
 
 class NormalizedConv2d(AffineConv2d):
-    r"""``y = conv2d(x, W) + b`` with ``W`` in a ball, for images of *every* size; shapes and gradients: :class:`AffineConv2d`.
+    r"""``y = conv2d(x, W) + b`` with ``W`` in a ball, for images of *every* size; shapes and gradients:
+    :class:`AffineConv2d`.
 
     =============== ======================================================= =====================
     ``ball``        constraint (``max_norm`` = 1)                           1-Lipschitz
@@ -34,8 +35,8 @@ class NormalizedConv2d(AffineConv2d):
     =============== ======================================================= =====================
 
     Here ``v = ceil(k/s)^2`` windows share an entry (dilation 1), and the certified bound is
-    :func:`dplip.conv_norm.conv_spectral_bound` without a size. The weight is free during the step and projected after it,
-    which is post-processing; noise is put on the gradient of the weight itself, never through a normalisation.
+    :func:`dplip.conv_norm.conv_spectral_bound` without a size. The weight is free during the step and projected after
+    it, which is post-processing; noise is put on the gradient of the weight itself, never through a normalisation.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in :class:`torch.nn.Conv2d`.
@@ -43,10 +44,11 @@ class NormalizedConv2d(AffineConv2d):
         ball: the constraint set, one of :data:`CONV_BALLS`.
         max_norm: radius of the ball.
         projection: how a weight outside the spectral ball gets in, one of
-            :data:`dplip.layers.normalized_linear.PROJECTIONS`: ``"scale"`` divides by the bound; ``"aol"`` first gives every
-            input channel (and phase) its own factor, see :mod:`dplip.aol`, which shrinks only what overlaps.
-        orthogonalize: Bjorck steps ``V <- 3/2 V - 1/2 V V^T V`` on each group's flattened kernel ``V`` at each projection onto
-            the spectral ball, followed by the scaling that makes the certified bound ``max_norm``.
+            :data:`dplip.layers.normalized_linear.PROJECTIONS`: ``"scale"`` divides by the bound; ``"aol"`` first
+            gives every input channel (and phase) its own factor, see :mod:`dplip.aol`, which shrinks only what
+            overlaps.
+        orthogonalize: Bjorck steps ``V <- 3/2 V - 1/2 V V^T V`` on each group's flattened kernel ``V`` at each
+            projection onto the spectral ball, followed by the scaling that makes the certified bound ``max_norm``.
 
     Raises:
         ConfigError: an argument is out of range or does not fit another.

@@ -51,12 +51,12 @@ class NormalizedLinear(LipschitzLayer):
         orthogonalize: Bjorck steps ``W <- 3/2 W - 1/2 W W^T W`` at each projection onto the spectral ball; they push
             all singular values towards ``max_norm``, so gradients keep their norm (Anil, Lucas, Grosse, Sorting out
             Lipschitz function approximation, ICML 2019).
-        projection: how a weight outside the spectral ball gets in, one of :data:`PROJECTIONS`: ``"scale"`` divides by the
-            spectral norm; ``"aol"`` first gives every column its own factor, see :mod:`dplip.aol`.
+        projection: how a weight outside the spectral ball gets in, one of :data:`PROJECTIONS`: ``"scale"`` divides
+            by the spectral norm; ``"aol"`` first gives every column its own factor, see :mod:`dplip.aol`.
 
     Raises:
-        ConfigError: a size or ``max_norm`` is not positive, ``ball`` or ``projection`` is unknown, or one of the last two
-            arguments is asked of another ball.
+        ConfigError: a size or ``max_norm`` is not positive, ``ball`` or ``projection`` is unknown, or one of the last
+            two arguments is asked of another ball.
         ValueError: ``forward`` gets anything but [B, in_features].
     """
 
@@ -84,8 +84,8 @@ class NormalizedLinear(LipschitzLayer):
             )
         if projection not in PROJECTIONS or (projection != "scale" and ball != "spectral"):
             raise ConfigError(
-                f"NormalizedLinear: expected projection in {PROJECTIONS}, and other than 'scale' with the spectral ball "
-                f"only, got {projection!r} with {ball!r}; fix it"
+                f"NormalizedLinear: expected projection in {PROJECTIONS}, and 'aol' with the spectral ball only, "
+                f"got {projection!r} with {ball!r}; fix it"
             )
         self.in_features, self.out_features = in_features, out_features
         self.ball, self.max_norm, self.orthogonalize = ball, float(max_norm), orthogonalize

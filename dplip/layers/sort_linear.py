@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dplip.errors import ConfigError
+from dplip.kernels.distance import gather_signs
 from dplip.kernels.order_statistic import (
     order_statistic,
     order_statistic_indices,
     order_statistic_interval,
 )
-from dplip.kernels.distance import gather_signs
 from dplip.layers.base import Shapes
 from dplip.layers.distance import DistanceLayer, RowNorms
 
@@ -61,7 +61,8 @@ class SortLinear(DistanceLayer):
         c = torch.as_tensor(order_weights, dtype=torch.get_default_dtype()).detach().clone()
         if c.ndim != 1 or not 1 <= len(c) <= in_features:
             raise ConfigError(
-                f"{type(self).__name__}: expected 1..{in_features} order weights, got shape {tuple(c.shape)}; shorten them"
+                f"{type(self).__name__}: expected 1..{in_features} order weights, got shape {tuple(c.shape)}; "
+                "shorten them"
             )
         if not bool(((c >= 0) & torch.isfinite(c)).all()) or float(c.double().sum()) > 1 + _SUM_TOLERANCE:
             raise ConfigError(

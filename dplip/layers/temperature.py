@@ -20,10 +20,11 @@ class LearnedScale(LipschitzLayer):
 
     Shapes: ``x`` [B, *], ``scale`` [1], ``y`` as ``x``.
 
-    Guarantee. Lipschitz constant ``|s|`` in every norm; a certified radius of logits does not change with ``s > 0``. One
-    example's gradient is ``<g, x>``, at most ``min(||g||_1 ||x||_inf, ||g||_2 ||x||_2, ||g||_inf ||x||_1)``. Between
-    projections ``s`` may leave the interval; bounds follow its current value. The scale is the parameter itself, never an
-    exponential of one: a bound on the gradient of a parametrised value does not bound that of its parameter.
+    Guarantee. Lipschitz constant ``|s|`` in every norm; a certified radius of logits does not change with ``s > 0``.
+    One example's gradient is ``<g, x>``, at most ``min(||g||_1 ||x||_inf, ||g||_2 ||x||_2, ||g||_inf ||x||_1)``.
+    Between projections ``s`` may leave the interval; bounds follow its current value. The scale is the parameter
+    itself, never an exponential of one: a bound on the gradient of a parametrised value does not bound that of its
+    parameter.
 
     Args:
         scale: initial value.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,7 +18,7 @@ __all__ = ["Pair", "Window", "pair"]
 Pair = tuple[int, int]
 
 
-def pair(value: int | Pair) -> Pair:
+def pair(value: int | Sequence[int]) -> Pair:
     """``(value, value)`` for a number."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
@@ -45,10 +46,12 @@ class Window:
 
     def __post_init__(self) -> None:
         if min(*self.kernel, *self.stride, *self.dilation) < 1 or min(self.padding) < 0:
-            raise ConfigError(f"window: expected positive sizes (kernel, stride, dilation) and padding >= 0, got {self}; fix it")
+            raise ConfigError(
+                f"window: expected positive sizes (kernel, stride, dilation) and padding >= 0, got {self}; fix them"
+            )
 
     def require_half_padding(self) -> None:
-        """Raise :class:`ConfigError` where the padding is more than half a window, so that a window may be all padding."""
+        """Raise :class:`ConfigError` where the padding is more than half a window, which may then be all padding."""
         if any(2 * p > k for p, k in zip(self.padding, self.kernel, strict=True)):
             raise ConfigError(f"window: expected padding of at most half the window, got {self}; lower it")
 

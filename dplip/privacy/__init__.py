@@ -4,10 +4,11 @@
 from dplip.privacy.allocation import ALLOCATIONS, Tensors, allocate
 from dplip.privacy.engine import ClipFreeEngine, PublicSizeWarning
 from dplip.privacy.noise import NoiseSource
-from dplip.privacy.optimizer import ClipFreeOptimizer
+from dplip.privacy.optimizer import ClipFreeOptimizer, noise_weights
 from dplip.privacy.plan import PrivacyPlan
 from dplip.privacy.sampling import PoissonSampler, PrivateLoader
 from dplip.privacy.sensitivity import StepSensitivity
+from dplip.privacy.standardize import PrivateStandardizer
 
 __all__ = [
     "ALLOCATIONS",
@@ -17,8 +18,10 @@ __all__ = [
     "PoissonSampler",
     "PrivacyPlan",
     "PrivateLoader",
+    "PrivateStandardizer",
     "PublicSizeWarning",
     "StepSensitivity",
     "Tensors",
     "allocate",
+    "noise_weights",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from dplip.privacy.noise import NoiseSource
 from dplip.privacy.plan import PrivacyPlan
 from dplip.privacy.sensitivity import StepSensitivity
 
-__all__ = ["ClipFreeOptimizer"]
+__all__ = ["ClipFreeOptimizer", "noise_weights"]
 
 
 class ClipFreeOptimizer(Optimizer):
@@ -128,18 +128,10 @@ class ClipFreeOptimizer(Optimizer):
         return self._with_noise(self.sensitivity.tensors())
 
     def _with_noise(self, bounds: dict[str, Tensors]) -> dict[str, tuple[Tensors, float]]:
-        weights = self._noise_weights()
+        weights = noise_weights(self.param_groups, self.sensitivity.trainable)
         bounds = {name: t._replace(weight=weights[name]) for name, t in bounds.items()}
         sigma = allocate(self.plan.allocation, bounds, self.plan.noise_multiplier)
         return {name: (t, sigma[name]) for name, t in bounds.items()}
-
-    def _noise_weights(self) -> dict[str, float]:
-        """Squared learning rate of each tensor over the largest, at least 1e-12: what hardly moves may be noisy."""
-        rates = {id(p): float(group.get("lr", 1.0)) for group in self.param_groups for p in group["params"]}
-        top = max(rates.values())
-        if not 0 < top < math.inf:
-            return dict.fromkeys(self.sensitivity.trainable, 1.0)
-        return {n: max(rates.get(id(p), 0.0) / top, 1e-6) ** 2 for n, p in self.sensitivity.trainable.items()}
 
     def _note_bounds(self) -> None:
         for name, t in self.sensitivity.tensors().items():
@@ -214,3 +206,15 @@ class ClipFreeOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"ClipFreeOptimizer({self.original_optimizer!r}, {self.plan!r})"
+
+
+def noise_weights(param_groups: Sequence[Mapping[str, Any]], trainable: Mapping[str, Tensor]) -> dict[str, float]:
+    """Squared learning rate of each tensor over the largest, at least 1e-12: what hardly moves may be noisy.
+
+    Learning rates are public configuration; a schedule must not follow private metrics.
+    """
+    rates = {id(p): float(group.get("lr", 1.0)) for group in param_groups for p in group["params"]}
+    top = max(rates.values())
+    if not 0 < top < math.inf:
+        return dict.fromkeys(trainable, 1.0)
+    return {name: max(rates.get(id(p), 0.0) / top, 1e-6) ** 2 for name, p in trainable.items()}

@@ -116,10 +116,10 @@ def run(main: Callable[[argparse.Namespace], list[Claim]], description: str) -> 
 
 
 def _data(given: Path | None) -> Path:
-    folder = given or Path(os.environ.get("DPLIP_DATA", ""))
-    if not folder.name or not folder.is_dir():
-        raise DataError(f"data: expected a folder of data sets, got {str(given or '')!r}; pass --data-dir or set DPLIP_DATA")
-    return folder
+    named = str(given) if given is not None else os.environ.get("DPLIP_DATA", "")
+    if not named or not Path(named).is_dir():
+        raise DataError(f"data: expected a folder of data sets, got {named!r}; pass --data-dir or set DPLIP_DATA")
+    return Path(named)
 
 
 def _json_safe(value: object) -> object:

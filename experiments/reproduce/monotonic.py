@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Monotone Lipschitz networks: four tabular sets against the published numbers, certified, attacked, and one private.
 
-    python experiments/reproduce/monotonic.py --data-dir DATA [--quick] [--seeds N] [--json FILE] [--figure FILE]
+    python experiments/reproduce/monotonic.py --data-dir DATA [--quick] [--seeds N] [--json FILE]
 
-Source: Kitouni, Nolte, Williams, Expressive Monotonic Neural Networks, ICLR 2023, table 1: COMPAS 69.3 % accuracy, heart
-disease 89.6 % accuracy, auto-mpg 7.58 mean squared error, BlogFeedback 0.16 root mean squared error. The source reports the
-best test value over all epochs (for accuracy also over thresholds); both that and the plain value (threshold 0 after the
-last epoch, nothing chosen by test data) are shown.
+Source: Kitouni, Nolte, Williams, Expressive Monotonic Neural Networks, ICLR 2023, table 1: COMPAS 69.3 % accuracy,
+heart disease 89.6 % accuracy, auto-mpg 7.58 mean squared error, BlogFeedback 0.16 root mean squared error. The source
+reports the best test value over all epochs (for accuracy also over thresholds); both that and the plain value
+(threshold 0 after the last epoch, nothing chosen by test data) are shown.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from claims import Claim, mean_spread, progress, run
+from monotonic_figure import draw
 from tabular import Tabular, auto_mpg, blog_feedback, compas, compas_public, heart_disease, standardized
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,21 +56,27 @@ class Recipe:
 RECIPES = {
     "COMPAS": Recipe(lambda d, s: standardized(compas(d)), (8, 8), 2.86, 2e-3, 256, 60, 500, 69.3, True),
     "heart disease": Recipe(lambda d, s: standardized(heart_disease(d)), (8, 8), 1.0, 5e-3, 242, 300, 600, 89.6, True),
-    "auto-mpg": Recipe(lambda d, s: standardized(auto_mpg(d, s)), (16, 16), 1.0, 1e-2, 64, 300, 2000, 7.58, False, True),
-    "BlogFeedback": Recipe(lambda d, s: standardized(blog_feedback(d)), (8,), 1.5, 2e-3, 1024, 12, 1000, 0.16, False),
+    "auto-mpg": Recipe(
+        lambda d, s: standardized(auto_mpg(d, s)), (16, 16), 1.0, 1e-2, 64, 300, 2000, 7.58, False, True
+    ),
+    "BlogFeedback": Recipe(
+        lambda d, s: standardized(blog_feedback(d), 3.0), (32,), 0.1, 1e-2, 1024, 12, 200, 0.16, False
+    ),
 }
 
 
-def monotone_net(directions: Tensor, widths: tuple[int, ...], strength: float, balls: tuple[str, str] = ("entries", "rows_l1")) -> nn.Module:
+def monotone_net(
+    directions: Tensor, widths: tuple[int, ...], strength: float, balls: tuple[str, str] = ("entries", "rows_l1")
+) -> nn.Module:
     """A MaxMin network with every ``|df/dx_i| < strength``, and the ramp that outweighs it.
 
-    The balls of the first and of the later layers: l_1 to l_inf, then l_inf; spectral balls for both bound the slopes by
-    the l_2 constant, which is smaller than needed but keeps the norms of hidden layers, and so the noise, low.
+    The balls of the first and of the later layers: l_1 to l_inf, then l_inf; spectral balls for both bound the slopes
+    by the l_2 constant, which is smaller than needed but keeps the norms of hidden layers, and so the noise, low.
     """
     sizes, layers = [len(directions), *widths, 1], []
     # A hair inside, so that the rounded-up bound of float32 weights stays below the strength.
     norm = (strength * (1 - 1e-5)) ** (1 / (len(sizes) - 1))
-    for k, (i, o) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for k, (i, o) in enumerate(pairwise(sizes)):
         layers += [NormalizedLinear(i, o, ball=balls[min(k, 1)], max_norm=norm), MaxMin()]
     return MonotoneResidual(nn.Sequential(*layers[:-1]), directions, strength=strength)
 
@@ -76,7 +84,7 @@ def monotone_net(directions: Tensor, widths: tuple[int, ...], strength: float, b
 def plain_net(d: int, widths: tuple[int, ...]) -> nn.Module:
     """The same shape without constraint or ramp."""
     sizes = [d, *widths, 1]
-    layers = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o), MaxMin())]
+    layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), MaxMin())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -134,7 +142,10 @@ def reproduce(name: str, recipe: Recipe, options: argparse.Namespace) -> list[Cl
     for seed in range(options.seeds):
         data = recipe.load(options.data(), seed)
         torch.manual_seed(seed)
-        model, free = monotone_net(data.directions, recipe.widths, recipe.strength), plain_net(data.x_train.shape[1], recipe.widths)
+        model, free = (
+            monotone_net(data.directions, recipe.widths, recipe.strength),
+            plain_net(data.x_train.shape[1], recipe.widths),
+        )
         best: list[float] = fit(model, data, recipe, epochs, seed, lambda m, d=data: score(m, d, recipe)[1])
         fit(free, data, recipe, max(1, epochs // 3), seed, lambda m: 0.0)
         model.eval(), free.eval()
@@ -144,22 +155,32 @@ def reproduce(name: str, recipe: Recipe, options: argparse.Namespace) -> list[Cl
         features.append(float(certify_monotone(model, data.directions).features.sum()))
         bad.append(attacked(model, data))
         bad_free.append(attacked(free, data))
-        progress(f"{name} seed {seed}: {plain[-1]:.4g}, source's choice {chosen[-1]:.4g}, {features[-1]:.0f} certified, "
-                 f"violations {bad[-1]:.3g} %, unconstrained {bad_free[-1]:.3g} %")
+        progress(
+            f"{name} seed {seed}: {plain[-1]:.4g}, source's choice {chosen[-1]:.4g}, {features[-1]:.0f} certified, "
+            f"violations {bad[-1]:.3g} %, unconstrained {bad_free[-1]:.3g} %"
+        )
+    signs, tests = data.directions, len(data.y_test)
     unit = "accuracy (%)" if recipe.accuracy else "MSE" if recipe.squared else "RMSE"
     better = Claim.at_least if recipe.accuracy else Claim.at_most
-    # The published figures are given to three digits; theirs vary by a point between seeds and splits.
-    slack = 1.0 if recipe.accuracy else 0.05 * recipe.published
+    # One point, or one test example where that is more; 5 per cent of an error.
+    slack = max(1.0, 100 / tests) if recipe.accuracy else 0.05 * recipe.published
     return [
-        better(f"{name}: {unit}, the source's choice of epoch and threshold", chosen, recipe.published, slack),
-        better(f"{name}: {unit}, nothing chosen by test data", plain, recipe.published, 3 * slack),
-        Claim.equal(f"{name}: features certified monotone", features, float(data.directions.abs().sum())),
+        better(
+            f"{name}: {unit}, the source's choice of epoch and threshold, within {slack:.2g}",
+            chosen,
+            recipe.published,
+            slack,
+        ),
+        better(
+            f"{name}: {unit}, nothing chosen by test data, within {3 * slack:.2g}", plain, recipe.published, 3 * slack
+        ),
+        Claim.equal(f"{name}: features certified monotone", features, float(signs.abs().sum())),
         Claim.equal(f"{name}: violations found (% of pairs)", bad, 0.0),
         Claim.at_least(f"{name}: violations of an unconstrained network (% of pairs)", bad_free, 1.0),
     ]
 
 
-def private(options: argparse.Namespace) -> tuple[list[Claim], nn.Module, nn.Module]:
+def private(options: argparse.Namespace) -> tuple[list[Claim], nn.Module, nn.Module, Tensor]:
     """COMPAS under clip-free DP-SGD: monotone through the noise, and a private network without the ramp."""
     data, rows = compas_public(options.data()), {True: [], False: []}
     features, bad, bad_free, models = [], [], [], {}
@@ -171,56 +192,78 @@ def private(options: argparse.Namespace) -> tuple[list[Claim], nn.Module, nn.Mod
                 norm = PRIVATE_STRENGTH**0.5
                 layers = [NormalizedLinear(13, 8, max_norm=norm), MaxMin(), NormalizedLinear(8, 1, max_norm=norm)]
                 model = nn.Sequential(*layers)
-            models[monotone] = train_privately(model, data, 20 if options.quick else 60, seed)
+            models[monotone] = train_privately(model, data, 20, seed)
             labels = data.y_test.flatten() > 0.5
             with torch.no_grad():
                 rows[monotone].append(100 * float(((model(data.x_test).flatten() > 0) == labels).double().mean()))
         features.append(float(certify_monotone(models[True], data.directions).features.sum()))
         bad.append(attacked(models[True], data))
         bad_free.append(attacked(models[False], data))
-        progress(f"private COMPAS seed {seed}: {rows[True][-1]:.2f} % against {rows[False][-1]:.2f} % without the ramp, "
-                 f"violations {bad[-1]:.3g} % against {bad_free[-1]:.3g} %")
+        progress(
+            f"private COMPAS seed {seed}: {rows[True][-1]:.2f} % against {rows[False][-1]:.2f} % without the ramp, "
+            f"violations {bad[-1]:.3g} % against {bad_free[-1]:.3g} %"
+        )
     free = mean_spread(rows[False])[0]
     claims = [
-        Claim.at_least(f"private COMPAS, epsilon {EPSILON:g}: accuracy (%) against the same without monotonicity", rows[True], free, 1.0),
-        Claim.at_least(f"private COMPAS, epsilon {EPSILON:g}: accuracy (%) against the published non-private one", rows[True], 69.3, 3.0),
+        Claim.at_least(
+            f"private COMPAS, epsilon {EPSILON:g}: accuracy (%) against the same without monotonicity, within 1",
+            rows[True],
+            free,
+            1.0,
+        ),
+        Claim.at_least(
+            f"private COMPAS, epsilon {EPSILON:g}: accuracy (%) against the published non-private one, within 3",
+            rows[True],
+            69.3,
+            3.0,
+        ),
         Claim.equal("private COMPAS: features certified monotone", features, 4.0),
         Claim.equal("private COMPAS: violations found (% of pairs)", bad, 0.0),
         Claim.at_least("private COMPAS without the ramp: violations found (% of pairs)", bad_free, 1.0),
     ]
-    return claims, models[True], models[False]
+    return claims, models[True], models[False], data.x_test[:200]
 
 
 def train_privately(model: nn.Module, data: Tabular, epochs: int, seed: int) -> nn.Module:
-    """Clip-free DP-SGD with a public input domain; the seed makes the run repeatable and is for this experiment only."""
+    """Clip-free DP-SGD with a public input domain; the seed makes the run repeatable and is for this experiment
+    only."""
     loss = BinaryCrossEntropy()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     loader = DataLoader(TensorDataset(data.x_train, data.y_train), batch_size=512)
     engine = ClipFreeEngine(insecure_seed=seed)
     # Five entries in [0, 1] and two one-hot groups.
     domain = InputDomain((13,), 0.0, 1.0, l2_radius=7**0.5)
     model, optimizer, loader = engine.make_private_with_epsilon(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), data_loader=loader, loss=loss,
+        module=model, optimizer=sgd, data_loader=loader, loss=loss,
         target_epsilon=EPSILON, target_delta=DELTA, epochs=epochs, population=len(data.x_train), domain=domain,
     )  # fmt: skip
-    for x, y in loader:
+    average, half = [torch.zeros_like(p) for p in model.parameters()], optimizer.plan.steps // 2
+    for x, y in (batch for _ in range(epochs) for batch in loader):
         optimizer.zero_grad()
         loss(model(x), y).backward()
         optimizer.step()
+        if optimizer.steps_taken > half:
+            for total, p in zip(average, model.parameters(), strict=True):
+                total += p.detach()
+    with torch.no_grad():  # the mean of the second half of the released weights: free, and inside the convex balls
+        for total, p in zip(average, model.parameters(), strict=True):
+            p.copy_(total / (optimizer.steps_taken - half))
+    project(model)
     return model.eval()
 
 
 def log_data(seed: int) -> Tabular:
-    """30 noisy points of log(x) on [0.5, 10]; the test part is the truth."""
+    """30 noisy points of log(0.5 + 9.5 x) on [0, 1], of slopes 0.95 to 19; the test part is the truth."""
     generator = torch.Generator().manual_seed(seed)
-    x = 0.5 + 9.5 * torch.rand(30, 1, generator=generator)
-    grid = torch.linspace(0.5, 10, 400)[:, None]
+    x = torch.rand(30, 1, generator=generator)
+    grid = torch.linspace(0, 1, 400)[:, None]
     noise = 0.4 * torch.randn(30, 1, generator=generator)
-    return Tabular(x, x.log() + noise, grid, grid.log(), torch.ones(1))
+    return Tabular(x, (0.5 + 9.5 * x).log() + noise, grid, (0.5 + 9.5 * grid).log(), torch.ones(1))
 
 
 def log_fit(options: argparse.Namespace) -> tuple[list[Claim], list[tuple[Tabular, Tensor, Tensor]]]:
     """The source's demonstration: a monotone network does not follow the noise downhill."""
-    recipe = Recipe(lambda d, s: log_data(s), (32, 32), 1.0, 5e-3, 30, 1500, 3000, 0.0, False)
+    recipe = Recipe(lambda d, s: log_data(s), (32, 32), 10.0, 1e-2, 30, 1500, 5000, 0.0, False)
     errors, free_errors, bad, bad_free, curves = [], [], [], [], []
     for seed in range(options.seeds):
         data = log_data(seed)
@@ -235,8 +278,24 @@ def log_fit(options: argparse.Namespace) -> tuple[list[Claim], list[tuple[Tabula
             curves.append((data, model(data.x_test), free(data.x_test)))
         progress(f"log fit seed {seed}: RMSE to the truth {errors[-1]:.3f}, unconstrained {free_errors[-1]:.3f}")
     claims = [
-        Claim.at_most("log fit: RMSE to the truth, against the unconstrained network's", errors, mean_spread(free_errors)[0]),
+        Claim.at_most(
+            "log fit: RMSE to the truth, against the unconstrained network's", errors, mean_spread(free_errors)[0]
+        ),
         Claim.equal("log fit: violations found (% of pairs)", bad, 0.0),
         Claim.at_least("log fit: violations of an unconstrained network (% of pairs)", bad_free, 1.0),
     ]
     return claims, curves
+
+
+def main(options: argparse.Namespace) -> list[Claim]:
+    """All parts, and the figure beside this file."""
+    torch.set_num_threads(1)
+    claims = [claim for name, recipe in RECIPES.items() for claim in reproduce(name, recipe, options)]
+    more, monotone, free, x = private(options)
+    last, curves = log_fit(options)
+    draw(Path(__file__).with_name("figures") / "monotonic.png", curves, (monotone, free), x, EPSILON)
+    return claims + more + last
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, "Monotone Lipschitz networks against the published numbers."))

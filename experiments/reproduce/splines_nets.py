@@ -32,7 +32,7 @@ class ClippedPReLU(nn.PReLU):
 
 def _spline(width: int, reach: float) -> LinearSpline:
     return LinearSpline(
-        width, intervals=40, reach=reach, ends="match", init="maxmin", scaled=True
+        width, intervals=20, reach=reach, ends="match", init="absolute_value", scaled=True, projection="nearest"
     )
 
 

@@ -2,15 +2,17 @@
 """The tabular sets with known monotone features: COMPAS, heart disease, auto-mpg, BlogFeedback.
 
 Splits, filters and monotone features are those of Kitouni, Nolte, Williams (ICLR 2023) and of Liu, Han, Zhang, Liu
-(Certified Monotonic Neural Networks, NeurIPS 2020), with what is wrong in their scripts put right; each loader says what.
+(Certified Monotonic Neural Networks, NeurIPS 2020), with what is wrong in their scripts put right; each loader says
+what.
 """
 
 from __future__ import annotations
 
 import lzma
+import math
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from dplip.errors import DataError
 __all__ = ["Tabular", "auto_mpg", "blog_feedback", "compas", "compas_public", "heart_disease", "standardized"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tabular:
     """Features [N, d] and targets [N, 1] in float32; ``directions`` [d] in {-1, 0, 1}; ``unit`` scales errors back."""
 
@@ -46,9 +48,7 @@ def _table(path: Path, read: Callable[[Any], pd.DataFrame], opener: Callable[...
         raise DataError(f"{path.name}: expected a readable table, got a damaged one ({error}); restore it") from error
 
 
-def _pack(
-    x: np.ndarray, y: np.ndarray, train: int, signs: dict[int, int], unit: float = 1.0
-) -> Tabular:
+def _pack(x: np.ndarray, y: np.ndarray, train: int, signs: dict[int, int], unit: float = 1.0) -> Tabular:
     directions = torch.zeros(x.shape[1])
     for i, sign in signs.items():
         directions[i] = sign
@@ -59,13 +59,13 @@ def _pack(
     return Tabular(features[:train], targets[:train], features[train:], targets[train:], directions, unit)
 
 
-def standardized(data: Tabular) -> Tabular:
-    """Zero mean and unit variance by the training part (not private); constant features become 0."""
+def standardized(data: Tabular, reach: float = math.inf) -> Tabular:
+    """Zero mean and unit variance by the training part (not private), then cut to [-reach, reach], which keeps every
+    order; constant features become 0."""
     mean, std = data.x_train.mean(0), data.x_train.std(0)
     std = torch.where(std > 0, std, torch.ones_like(std))
-    return Tabular(
-        (data.x_train - mean) / std, data.y_train, (data.x_test - mean) / std, data.y_test, data.directions, data.unit
-    )
+    train, test = (((x - mean) / std).clamp(-reach, reach) for x in (data.x_train, data.x_test))
+    return replace(data, x_train=train, x_test=test)
 
 
 def _compas(folder: Path) -> pd.DataFrame:
@@ -116,8 +116,8 @@ def heart_disease(folder: Path) -> Tabular:
 
 
 def auto_mpg(folder: Path, seed: int) -> Tabular:
-    """7 features; miles per gallon fall with displacement, horsepower and weight. Random four fifths to train on, targets
-    standardised (``unit`` is their deviation), the six rows without horsepower dropped."""
+    """7 features; miles per gallon fall with displacement, horsepower and weight. Random four fifths to train on,
+    targets standardised (``unit`` is their deviation), the six rows without horsepower dropped."""
     frame = _table(folder / "auto_mpg" / "auto-mpg.csv", lambda f: pd.read_csv(f, na_values="?")).dropna()
     frame = frame.iloc[np.random.RandomState(seed).permutation(len(frame))]
     features, target = frame.drop(columns=["mpg", "car name"]), frame["mpg"].to_numpy(float)

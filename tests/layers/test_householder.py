@@ -38,7 +38,9 @@ def test_a_right_angle_sorts_pairs_in_descending_order() -> None:
 def test_interval_is_the_exact_range() -> None:
     layer = Householder(2, angle=1.1).double()
     lower, upper = torch.tensor([[-1.0, -0.4]], dtype=torch.float64), torch.tensor([[0.7, 1.2]], dtype=torch.float64)
-    grid = torch.cartesian_prod(*(torch.linspace(a, b, 801, dtype=torch.float64) for a, b in zip(lower[0], upper[0])))
+    grid = torch.cartesian_prod(
+        *(torch.linspace(a, b, 801, dtype=torch.float64) for a, b in ((-1.0, 0.7), (-0.4, 1.2)))
+    )
     values = layer(grid).detach()
     low, high = layer.interval(lower, upper)
     torch.testing.assert_close(low[0].detach(), values.amin(0), rtol=0, atol=3e-3)
