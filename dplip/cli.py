@@ -202,7 +202,8 @@ def _epsilon(args: argparse.Namespace) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     plan = _event_plan(args, target_epsilon=args.epsilon)
     print(
-        f"{_rounded_up(plan.noise_multiplier)} gives epsilon {plan.epsilon():.6f} at delta {plan.delta:g}, {_terms(plan)}"
+        f"{_rounded_up(plan.noise_multiplier)} gives epsilon {plan.epsilon():.6f} at delta {plan.delta:g}, "
+        f"{_terms(plan)}"
     )
 
 

@@ -100,8 +100,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class CertifyConfig:
-    """``[certify]``: radii reported per norm, the method, how many test examples (0: all), and the type the certified model
-    computes in. Certificates count the deployment's own rounding, which in float32 takes a visible share of a radius."""
+    """``[certify]``: radii reported per norm, the method, how many test examples (0: all), and the type the certified
+    model computes in. Certificates count the deployment's own rounding, which in float32 takes a visible share of a
+    radius."""
 
     linf: Sequence[float] = (0.01, 0.03, 0.1, 0.3)
     l2: Sequence[float] = (0.1, 0.25, 0.5, 1.0, 1.58)
@@ -147,7 +148,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: expected a readable configuration, got {error}; check the path and syntax") from error
+        raise ConfigError(f"{path}: expected a readable configuration, got {error}; check path and syntax") from error
     for override in overrides:
         _override(values, override)
     return parse_config(values, str(path))
@@ -198,7 +199,8 @@ def _record(cls: type[Any], values: Any, where: str, section: str) -> Any:
     parsed = {}
     for key, value in values.items():
         hint, label = hints[key], f"{section + '.' if section else ''}{key}"
-        parsed[key] = _record(hint, value, where, key) if dataclasses.is_dataclass(hint) else _typed(hint, value, where, label)
+        nested = dataclasses.is_dataclass(hint)
+        parsed[key] = _record(hint, value, where, key) if nested else _typed(hint, value, where, label)
     return cls(**parsed)
 
 
@@ -212,9 +214,7 @@ def _typed(hint: Any, value: Any, where: str, label: str) -> Any:
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint is str and isinstance(value, str):
+    elif hint in (int, str) and isinstance(value, hint) and not isinstance(value, bool):
         return value
     elif origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return dict(value)

@@ -43,6 +43,12 @@ class BoundedLoss(nn.Module, abc.ABC):
         """Recorded in reports: None unless logit gradients are clipped."""
         return None
 
+    @property
+    def copies(self) -> int:
+        """Rows of the logits that belong to one example; each then has a gradient within ``1 / copies`` of the
+        bounds."""
+        return 1
+
 
 def _check_labels(where: str, logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
@@ -204,8 +210,13 @@ class LogitGradientClip(BoundedLoss):
         self.loss, self.bound, self.norm = loss, float(bound), norm
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        value: Tensor = self.loss(_ClipRows.apply(logits, self.bound, {"l1": 1.0, "l2": 2.0}[self.norm]), targets)
+        row_bound = self.bound / self.copies
+        value: Tensor = self.loss(_ClipRows.apply(logits, row_bound, {"l1": 1.0, "l2": 2.0}[self.norm]), targets)
         return value
+
+    @property
+    def copies(self) -> int:
+        return self.loss.copies
 
     def logit_gradient(self, num_classes: int) -> Norms:
         clipped = Norms(num_classes, **{self.norm: self.bound})

@@ -49,8 +49,9 @@ class PlanTable:
         p = self.plan
         lines = [
             f"epsilon {self.epsilon:.6f} at delta {p.delta:g} ({p.neighbors}, accountant {p.accountant})",
-            f"noise multiplier {p.noise_multiplier:.6f}, {p.sampling} sampling q = {p.sampling_prob:.6g}, {p.steps} steps, "
-            f"expected batch {p.expected_batch_size:g}, allocation {p.allocation}, logit clipping {self.logit_clipping}",
+            f"noise multiplier {p.noise_multiplier:.6f}, {p.sampling} sampling q = {p.sampling_prob:.6g}, "
+            f"{p.steps} steps, expected batch {p.expected_batch_size:g}, allocation {p.allocation}, "
+            f"logit clipping {self.logit_clipping}",
             f"joint sensitivity {self.total:.6g} (rounding slack {self.numerical_slack:.2g} included)",
             "",
             "| tensor | entries | bound | noise sigma | largest signal-to-noise |",

@@ -93,7 +93,8 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
 
 
 def _parameter_groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """Splines learn ``spline_lr`` times as fast as the other parameters, and never decay: 0 is not their neutral value."""
+    """Splines learn ``spline_lr`` times as fast as the other parameters, and never decay: 0 is not their neutral
+    value."""
     splines = [p for m in model.modules() if isinstance(m, LinearSpline) for p in m.parameters()]
     held = {id(p) for p in splines}
     groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in held]}]

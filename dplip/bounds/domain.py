@@ -68,16 +68,12 @@ class InputDomain:
     def check(self, x: Tensor, where: str) -> None:
         """Raise :class:`DataError` unless every example of the batch ``x`` is finite and in the domain."""
         if tuple(x.shape[1:]) != self.shape:
-            raise DataError(
-                f"{where}: expected examples of shape {self.shape}, got {tuple(x.shape[1:])}; reshape them"
-            )
+            raise DataError(f"{where}: expected examples of shape {self.shape}, got {tuple(x.shape[1:])}; reshape them")
         if x.numel() == 0:
             return
         low, high = torch.aminmax(x.detach())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise DataError(
-                f"{where}: expected finite inputs, got NaN or infinity; clean the data before training"
-            )
+            raise DataError(f"{where}: expected finite inputs, got NaN or infinity; clean the data before training")
         # A few roundings of x's own dtype, so that public rescaling may land next to the bound but not beyond it.
         unit = 16 * torch.finfo(x.dtype).eps
         slack = unit * max((abs(v) for v in (self.lower, self.upper) if math.isfinite(v)), default=0.0)

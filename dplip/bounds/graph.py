@@ -112,7 +112,8 @@ def trace(model: nn.Module) -> Graph:
 
 def _mixes(where: str, module: nn.Module, remedy: str) -> MixesExamplesError:
     return MixesExamplesError(
-        f"bounds: node '{where}' ({type(module).__name__}) mixes examples, so no per-example sensitivity exists; {remedy}"
+        f"bounds: node '{where}' ({type(module).__name__}) mixes examples, so no per-example sensitivity "
+        f"exists; {remedy}"
     )
 
 
@@ -149,9 +150,7 @@ class _Builder:
             elif node.op != "placeholder":
                 self.values[node] = steps[node.op](node)
         if not isinstance(output, str):
-            raise NoRuleError(
-                "bounds: expected the model to return one tensor, got something else; return the logits"
-            )
+            raise NoRuleError("bounds: expected the model to return one tensor, got something else; return the logits")
         return Graph(tuple(self.nodes), source, output)
 
     def _value(self, argument: Any) -> Any:

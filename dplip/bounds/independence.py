@@ -28,7 +28,8 @@ def check_independence(model: nn.Module, graph: Graph, domain: InputDomain) -> N
     rules deny them, and branches, hooks or aliases that the trace did not see.
 
     Raises:
-        MixesExamplesError: examples influence one another, ``forward`` writes to a buffer, or the model holds a module that
+        MixesExamplesError: examples influence one another, ``forward`` writes to a buffer, or the model holds a
+            module that
             mixes examples in training mode, whatever mode it is in now.
         NoRuleError: the traced graph computes something else than the model.
     """
@@ -36,8 +37,8 @@ def check_independence(model: nn.Module, graph: Graph, domain: InputDomain) -> N
         for kind, remedy in MIXES_EXAMPLES.items():
             if isinstance(module, kind):
                 raise MixesExamplesError(
-                    f"bounds: node '{name or 'model'}' ({type(module).__name__}) mixes examples when it trains, and what it "
-                    f"keeps for evaluation is not private; {remedy}"
+                    f"bounds: node '{name or 'model'}' ({type(module).__name__}) mixes examples when it trains, and what "
+                    f"it keeps for evaluation is not private; {remedy}"
                 )
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     reference = input_like(model, domain)

@@ -46,9 +46,7 @@ def unit_radii(graph: Graph, values: dict[str, Tensor], norm: str) -> dict[str, 
     start = Norms(math.prod(shapes[graph.input]), **{norm: small})
     radii = {graph.input: start}
     for node in graph.nodes:
-        radii[node.name] = node.operation.output_bound(
-            [radii[i] for i in node.inputs], node_shapes(node, shapes)
-        )
+        radii[node.name] = node.operation.output_bound([radii[i] for i in node.inputs], node_shapes(node, shapes))
     return {name: radius * (_ROUND_UP / small) for name, radius in radii.items()}
 
 

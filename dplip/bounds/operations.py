@@ -93,9 +93,7 @@ class Add(Operation):
         return [g for _ in self.signs]
 
     def interval(self, *inputs: Box) -> Box:
-        parts = [
-            box if sign > 0 else (-box[1], -box[0]) for sign, box in zip(self.signs, inputs, strict=True)
-        ]
+        parts = [box if sign > 0 else (-box[1], -box[0]) for sign, box in zip(self.signs, inputs, strict=True)]
         low, high = parts[0]
         for below, above in parts[1:]:
             low, high = low + below, high + above

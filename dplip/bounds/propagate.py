@@ -122,9 +122,7 @@ def sensitivities(graph: Graph, states: dict[str, State], g: Norms) -> dict[str,
         if not node.parameters or node.name not in cotangents or not isinstance(node.operation, Apply):
             continue
         around = node_shapes(node, shapes)[0]
-        rules = node.operation.layer.param_sensitivity(
-            states[node.inputs[0]].magnitude, cotangents[node.name], around
-        )
+        rules = node.operation.layer.param_sensitivity(states[node.inputs[0]].magnitude, cotangents[node.name], around)
         if set(rules) != set(node.parameters):
             raise BoundViolation(
                 f"bounds: node '{node.name}': expected param_sensitivity for {sorted(node.parameters)}, "

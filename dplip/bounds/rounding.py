@@ -25,8 +25,8 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 def growth(graph: Graph, values: dict[str, Tensor], dtype: torch.dtype) -> float:
     """``prod_l (1 + eta_l) - 1``: the worst relative growth of a norm through the network's rounding.
 
-    A sum of ``n`` products errs by ``gamma_n = n u / (1 - n u)`` of its absolute value (Higham, Accuracy and Stability of
-    Numerical Algorithms, theorem 3.5), hence ``||fl(Wx) - Wx||_2 <= gamma_n ||W||_F ||x||_2`` and with
+    A sum of ``n`` products errs by ``gamma_n = n u / (1 - n u)`` of its absolute value (Higham, Accuracy and
+    Stability of Numerical Algorithms, theorem 3.5), hence ``||fl(Wx) - Wx||_2 <= gamma_n ||W||_F ||x||_2`` and with
     ``||W||_F <= sqrt(n) sigma`` each layer contributes ``eta_l = gamma_n sqrt(n)`` with ``n = fan_in``.
     """
     u = unit_roundoff(dtype)

@@ -60,8 +60,8 @@ MIXES_EXAMPLES: Mapping[type[nn.Module], str] = {
 def mixes_examples(module: nn.Module) -> str | None:
     """What to use instead of ``module`` where, as it stands, it makes examples depend on one another; None elsewhere.
 
-    A module that has a rule, like :class:`dplip.layers.MeanShift`, mixes them in training mode only. A layer is asked with
-    everything it wraps.
+    A module that has a rule, like :class:`dplip.layers.MeanShift`, mixes them in training mode only. A layer is asked
+    with everything it wraps.
     """
     for part in module.modules() if isinstance(module, LipschitzLayer) else (module,):
         if part.training or not has_rule(part):
@@ -75,7 +75,8 @@ def register_rule(target: Any, rule: Rule) -> None:
     """Teach the bounds a module class or a function.
 
     Args:
-        target: a subclass of :class:`torch.nn.Module`, a function (``torch.relu``) or a tensor method's name (``"relu"``).
+        target: a subclass of :class:`torch.nn.Module`, a function (``torch.relu``) or a tensor method's name
+            (``"relu"``).
         rule: for a module class, maps the module to a :class:`LipschitzLayer` whose parameters are those of the
             module, under the same names; for a function or method, maps the call's arguments after the first
             tensor to one without parameters. Test the layer with :class:`dplip.testing.LayerContract`.
@@ -195,9 +196,7 @@ def _clamp(min: float | None = None, max: float | None = None) -> LipschitzLayer
 
 def _relu(inplace: bool = False) -> LipschitzLayer:
     if inplace:
-        raise NoRuleError(
-            "relu: expected inplace=False, got True; in-place maps overwrite a bounded activation"
-        )
+        raise NoRuleError("relu: expected inplace=False, got True; in-place maps overwrite a bounded activation")
     return Monotone(torch.relu, roundings=0)
 
 
@@ -218,9 +217,7 @@ def _leaky(module: nn.LeakyReLU) -> LipschitzLayer:
 
 def _hardtanh(module: nn.Hardtanh) -> LipschitzLayer:
     if module.inplace:
-        raise NoRuleError(
-            "nn.Hardtanh: expected inplace=False, got True; in-place maps overwrite a bounded activation"
-        )
+        raise NoRuleError("nn.Hardtanh: expected inplace=False, got True; in-place maps overwrite a bounded activation")
     return Clamp(module.min_val, module.max_val)
 
 

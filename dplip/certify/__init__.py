@@ -3,5 +3,6 @@
 
 from dplip.certify.certificate import Certificate
 from dplip.certify.certify import METHODS, certify
+from dplip.certify.monotone import MonotoneCertificate, certify_monotone
 
-__all__ = ["METHODS", "Certificate", "certify"]
+__all__ = ["METHODS", "Certificate", "MonotoneCertificate", "certify", "certify_monotone"]

@@ -12,7 +12,17 @@ from dplip.bounds import Graph
 from dplip.bounds.graph import Node
 from dplip.bounds.operations import Apply
 from dplip.bounds.rules import Affine
-from dplip.layers import Flatten, LipschitzLayer, NormalizedLinear, ReferenceShift, Reshape, Scale, Shift
+from dplip.layers import (
+    Flatten,
+    LearnedScale,
+    LipschitzLayer,
+    NormalizedLinear,
+    PositionBias,
+    ReferenceShift,
+    Reshape,
+    Scale,
+    Shift,
+)
 from dplip.norms import Norms
 
 __all__ = ["AffineHead", "find_head"]
@@ -63,7 +73,9 @@ def find_head(graph: Graph) -> AffineHead | None:
             return AffineHead(nodes[name].inputs[0], weight, factor, tuple(reversed(chain)))
         if isinstance(layer, Scale) and type(layer) is Scale:
             factor *= layer.factor
-        elif type(layer) not in (Shift, Reshape, Flatten):
+        elif isinstance(layer, LearnedScale) and type(layer) is LearnedScale:
+            factor *= float(layer.scale.detach())
+        elif type(layer) not in (Shift, PositionBias, Reshape, Flatten):
             return None
         name = nodes[name].inputs[0]
         chain.append(name)

@@ -20,9 +20,10 @@ class BallClip(LipschitzLayer):
 
     Shapes: [B, *] -> the same.
 
-    Guarantee. ``||y||_2 <= radius`` for every input. 1-Lipschitz in l_2 (projection onto a convex set). In l_inf and l_1
-    the norm is ``(1 + sqrt(N)) / 2`` for N entries: the Jacobian is ``(radius / ||x||)(I - u u^T)`` and a row of ``I - u u^T``
-    has l_1 norm ``1 - 2 u_i^2 + |u_i| ||u||_1``. For l_inf networks clip to a box (:class:`dplip.layers.Clamp`) instead.
+    Guarantee. ``||y||_2 <= radius`` for every input. 1-Lipschitz in l_2 (projection onto a convex set). In l_inf and
+    l_1 the norm is ``(1 + sqrt(N)) / 2`` for N entries: the Jacobian is ``(radius / ||x||)(I - u u^T)`` and a row of
+    ``I - u u^T`` has l_1 norm ``1 - 2 u_i^2 + |u_i| ||u||_1``. For l_inf networks clip to a box
+    (:class:`dplip.layers.Clamp`) instead.
 
     Raises:
         ConfigError: ``radius`` is not positive and finite.

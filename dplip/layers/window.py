@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -71,19 +72,11 @@ class Window:
 
     def overlap(self, size: Pair) -> int:
         """The most windows that contain one entry of the image."""
-        return prod(self._axis(i, size, of_entries=True) for i in (0, 1))
+        return prod(_most(self, i, tuple(size), of_entries=True) for i in (0, 1))
 
     def taps(self, size: Pair) -> int:
         """The most entries of the image (padding excluded) that one window contains."""
-        return prod(self._axis(i, size, of_entries=False) for i in (0, 1))
-
-    def _axis(self, i: int, size: Pair, *, of_entries: bool) -> int:
-        k, s, p, e, n = self.kernel[i], self.stride[i], self.padding[i], self.dilation[i], size[i]
-        window = torch.arange(self.positions(size)[i])[:, None].expand(-1, k)
-        entry = window * s - p + torch.arange(k) * e
-        inside = (entry >= 0) & (entry < n)
-        counts = torch.bincount((entry if of_entries else window)[inside], minlength=1)
-        return int(counts.max())
+        return prod(_most(self, i, tuple(size), of_entries=False) for i in (0, 1))
 
     def unfold(self, x: Tensor) -> Tensor:
         """Zero-padded windows of ``x`` [B, C, H, W] as columns: [B, C kh kw, S], channels first, row-major windows."""
@@ -94,3 +87,14 @@ class Window:
         shown += [f"padding={self.padding}"] * (self.padding != (0, 0))
         shown += [f"dilation={self.dilation}"] * (self.dilation != (1, 1))
         return ", ".join(shown)
+
+
+@lru_cache(maxsize=4096)
+def _most(window: Window, axis: int, size: tuple[int, ...], *, of_entries: bool) -> int:
+    """Along one axis, the most windows that contain one entry, or the most entries that one window contains."""
+    k, s, p, e = (v[axis] for v in (window.kernel, window.stride, window.padding, window.dilation))
+    number = torch.arange(window.positions((size[0], size[1]))[axis])[:, None].expand(-1, k)
+    entry = number * s - p + torch.arange(k) * e
+    inside = (entry >= 0) & (entry < size[axis])
+    counts = torch.bincount((entry if of_entries else number)[inside], minlength=1)
+    return int(counts.max())

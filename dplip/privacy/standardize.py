@@ -24,8 +24,10 @@ class PrivateStandardizer:
 
     Two releases, each a Gaussian mechanism of multiplier ``noise_multiplier`` on all examples:
 
-    1. per column, a histogram of the binary exponent of ``|x|`` in ``HIGHEST - LOWEST + 1`` bins. An example adds one count
-       per column: l_2 sensitivity ``sqrt(d)``. ``reach`` is the power of two that a tenth of the entries exceed half of.
+    1. per column, a histogram of the binary exponent of ``|x|`` in ``HIGHEST - LOWEST + 1`` bins. An example adds one
+    count
+       per column: l_2 sensitivity ``sqrt(d)``. ``reach`` is the power of two that a tenth of the entries exceed half
+       of.
     2. the sums of ``u``, ``u^2`` and of the label, ``u = clip(x / reach, -1, 1)``. An example adds a vector of l_2 norm
        at most ``sqrt(2 d + 1)`` for labels in [0, 1].
 

@@ -39,8 +39,10 @@ class Recipe:
         mean_shift: centre hidden layers.
         loss: ``"hinge"`` or ``"mixture"``.
         eps: radius trained for; the losses' threshold is twice it.
-        weights: of the mixture's cross-entropy, at first and at last.
+        weights, temperature: of the mixture's cross-entropy, at first and at last; its initial temperature.
         epochs, batch, lr, decay: budget and optimizer.
+        begin, finish: when p and the weight start and end to change, as shares of the budget.
+        power_mean: normalise distances at finite p, which the source does not.
     """
 
     width: int = 64
@@ -51,7 +53,8 @@ class Recipe:
     mean_shift: bool = True
     loss: str = "mixture"
     eps: float = 0.15
-    weights: tuple[float, float] = (0.1, 0.001)
+    weights: tuple[float, float] = (1.0, 0.01)
+    temperature: float = 10.0
     epochs: int = 15
     batch: int = 128
     lr: float = 0.02
@@ -89,16 +92,19 @@ def network(recipe: Recipe, side: int, seed: int) -> nn.Module:
     return nn.Sequential(*modules, Scale(-1.0))
 
 
-def fit(recipe: Recipe, x: Tensor, y: Tensor, seed: int, report: object = None) -> tuple[nn.Module, float]:
+def fit(recipe: Recipe, x: Tensor, y: Tensor, seed: int) -> tuple[nn.Module, float]:
     """The deployed network (evaluation mode, p = inf, means re-estimated), and the share of first-layer weights moved.
 
-    The share counts, over the first epoch, weights with a gradient: where p = inf each neuron moves one weight per example.
+    The share counts weights with a gradient, over the steps of the first epoch: at p = inf each neuron moves one weight
+    per example.
     """
     torch.manual_seed(seed)
     model = network(recipe, x.shape[-1], seed).to(x.device)
     loss: BoundedLoss = Hinge(2 * recipe.eps)
     if recipe.loss == "mixture":
-        loss = Mixture(2 * recipe.eps, recipe.weights[0], learn_temperature=True).to(x.device)
+        loss = Mixture(2 * recipe.eps, recipe.weights[0], temperature=recipe.temperature, learn_temperature=True).to(
+            x.device
+        )
     optimizer = NormDecayAdam(model, lr=recipe.lr, weight_decay=recipe.decay)
     extra = torch.optim.Adam([*loss.parameters(), torch.nn.Parameter(torch.zeros(()))], lr=0.3 * recipe.lr)
     begin, finish = recipe.begin * recipe.epochs, recipe.finish * recipe.epochs

@@ -53,9 +53,10 @@ def draw(
         _slopes(right, model, x, color, offset, label)
     right.axhline(0, color="black", lw=0.8)
     right.set_xticks(range(4), _NAMES)
+    right.set_ylim(top=1.3 * right.get_ylim()[1])  # room for the legend
     right.set(title=f"COMPAS at epsilon {epsilon:g}: slopes", ylabel="slope of the logit")
     for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=2 if axes is right else 1)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": "dplip"})

@@ -30,28 +30,31 @@ class ClippedPReLU(nn.PReLU):
         self.weight.clamp_(-1, 1)
 
 
-def _spline(width: int, reach: float) -> LinearSpline:
+def _spline(width: int, init: str) -> LinearSpline:
     return LinearSpline(
-        width, intervals=20, reach=reach, ends="match", init="absolute_value", scaled=True, projection="nearest"
+        width, intervals=20, reach=1.0, ends="match", init=init, scaled=True, projection="nearest"
     )
 
 
-ACTIVATIONS: dict[str, Callable[[int, float], nn.Module]] = {
+ACTIVATIONS: dict[str, Callable[[int, str], nn.Module]] = {
     "spline": _spline,
-    "groupsort": lambda width, reach: GroupSort(2),
-    "prelu": lambda width, reach: ClippedPReLU(width),
-    "abs": lambda width, reach: Abs(),
-    "relu": lambda width, reach: nn.ReLU(),
+    "groupsort": lambda width, init: GroupSort(2),
+    "prelu": lambda width, init: ClippedPReLU(width),
+    "abs": lambda width, init: Abs(),
+    "relu": lambda width, init: nn.ReLU(),
 }
 
 
-def network(sizes: Sequence[int], activation: str, reach: float = 1.0) -> nn.Sequential:
-    """Affine layers of the given sizes, spectral norm <= 1 and nearly orthogonal, with activations between them."""
+def network(sizes: Sequence[int], activation: str, init: str = "absolute_value") -> nn.Sequential:
+    """Affine layers of the given sizes, spectral norm <= 1 and nearly orthogonal, with activations between them.
+
+    ``init`` is the initial function of splines.
+    """
     layers: list[nn.Module] = []
     for k, (d, m) in enumerate(zip(sizes, sizes[1:], strict=False)):
         layers.append(NormalizedLinear(d, m, orthogonalize=3))
         if k < len(sizes) - 2:
-            layers.append(ACTIVATIONS[activation](m, reach))
+            layers.append(ACTIVATIONS[activation](m, init))
     return nn.Sequential(*layers)
 
 
@@ -88,14 +91,14 @@ def fit(
 ) -> None:
     """Adam on ``loss() + smoothness * TV2`` with projections after every step.
 
-    Three groups as in the source: weights, spline coefficients (a tenth of the rate), scales (a quarter).
+    Three groups as in the source: weights, spline coefficients (0.3 of the rate), scales (a quarter).
     """
     coefficients = [s.coefficients for s in splines(model)]
     scales = [s.scale for s in splines(model) if s.scale is not None]
     held = {id(p) for p in [*coefficients, *scales]}
     groups = [{"params": [p for p in model.parameters() if id(p) not in held]}]
     if coefficients:
-        groups += [{"params": coefficients, "lr": lr / 10}, {"params": scales, "lr": lr / 4}]
+        groups += [{"params": coefficients, "lr": 0.3 * lr}, {"params": scales, "lr": lr / 4}]
     optimizer = Adam(groups, lr)
     schedule = CosineAnnealingLR(optimizer, steps)
     projected = [m for m in model.modules() if isinstance(m, (LipschitzLayer, ClippedPReLU))]

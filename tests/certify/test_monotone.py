@@ -235,3 +235,13 @@ def test_a_subclass_with_another_forward_does_not_inherit_a_rule() -> None:
 
     low, high = slope_bounds(Tripled().eval(), 2)
     assert float(low.min()) <= -3 and float(high.max()) >= 3
+
+
+def test_the_wrong_balls_are_not_certified_and_do_break_monotonicity() -> None:
+    branch = nn.Sequential(NormalizedLinear(2, 4, ball="entries"), NormalizedLinear(4, 1, ball="entries"))
+    with torch.no_grad():
+        branch[0].weight.fill_(-1.0)
+        branch[1].weight.fill_(1.0)
+    model, signs = MonotoneResidual(branch, torch.tensor([1, 0]), strength=1.0).eval(), torch.tensor([1, 0])
+    assert not bool(certify_monotone(model, signs).features.any())
+    assert monotone_violations(model, signs, torch.zeros(1, 2)).violations() == 1

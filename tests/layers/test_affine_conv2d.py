@@ -28,6 +28,7 @@ class TestPadded(LayerContract):
 
 class TestStridedGroups(LayerContract):
     in_shape = (2, 5, 4)
+    parameter_draws = ("initial", "large", "tied")
 
     def make(self) -> LipschitzLayer:
         return convolution(4, 1, 3, 2, window=Window((3, 2), (2, 1), (0, 1)), groups=2)
@@ -35,6 +36,7 @@ class TestStridedGroups(LayerContract):
 
 class TestDilated(LayerContract):
     in_shape = (1, 5, 5)
+    parameter_draws = ("initial", "large", "tied")
 
     def make(self) -> LipschitzLayer:
         return convolution(2, 1, 2, 3, window=Window((2, 3), (2, 1), (1, 1), (2, 2)))
@@ -44,6 +46,7 @@ class TestOneWindow(LayerContract):
     """A single window is a linear layer, whose bounds are reached."""
 
     in_shape = (2, 2, 2)
+    parameter_draws = ("initial", "large", "tied")
     tight = frozenset({"weight", "bias"})
 
     def make(self) -> LipschitzLayer:
@@ -52,6 +55,7 @@ class TestOneWindow(LayerContract):
 
 class TestPointwise(LayerContract):
     in_shape = (3, 2, 2)
+    parameter_draws = ("initial", "large", "tied")
 
     def make(self) -> LipschitzLayer:
         return convolution(2, 3, 1, 1, window=Window((1, 1)))

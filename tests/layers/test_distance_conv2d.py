@@ -30,7 +30,7 @@ def test_per_sample_grad_does_not_depend_on_its_blocks(layer, monkeypatch: pytes
 def test_interval_is_attained(layer) -> None:
     """Neurons whose window is a box of independent entries reach both ends of their interval at a corner."""
     torch.manual_seed(1)
-    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    x = torch.randn(2, 2, 6, 5, dtype=torch.float64)
     low, high = layer.interval(x - 0.3, x + 0.3)
     filters = layer.weight.view(-1, 2 // layer.groups, *layer.window.kernel)
     top, left = layer.window.padding

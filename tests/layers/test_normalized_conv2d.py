@@ -19,6 +19,7 @@ class TestSpectral(LayerContract):
 
 class TestStridedGroups(LayerContract):
     in_shape = (2, 4, 4)
+    parameter_draws = ("initial", "large", "tied")
     constraint = {"two_two": 0.5}
 
     def make(self) -> LipschitzLayer:
@@ -27,6 +28,7 @@ class TestStridedGroups(LayerContract):
 
 class TestFrobenius(LayerContract):
     in_shape = (2, 4, 3)
+    parameter_draws = ("initial", "large", "tied")
     constraint = {"two_two": 1.0}
 
     def make(self) -> LipschitzLayer:
@@ -35,6 +37,7 @@ class TestFrobenius(LayerContract):
 
 class TestRowsL1(LayerContract):
     in_shape = (1, 4, 4)
+    parameter_draws = ("initial", "large", "tied")
     constraint = {"inf_inf": 1.0}
 
     def make(self) -> LipschitzLayer:
@@ -51,6 +54,7 @@ class TestAol(LayerContract):
 
 class TestOrthogonal(LayerContract):
     in_shape = (2, 3, 3)
+    parameter_draws = ("initial", "large", "tied")
     constraint = {"two_two": 1.0}
 
     def make(self) -> LipschitzLayer:

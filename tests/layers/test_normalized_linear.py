@@ -154,3 +154,18 @@ def test_shapes_are_checked() -> None:
     for x in (torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 1, 3)):
         with pytest.raises(ValueError, match=r"x \[B, 3\]"):
             NormalizedLinear(3, 2)(x)
+
+
+def test_a_ball_of_radius_zero_is_refused_not_replaced() -> None:
+    with pytest.raises(ConfigError):
+        NormalizedLinear(2, 2, max_norm=0)
+
+
+def test_a_column_ball_does_not_claim_to_be_a_contraction_in_linf() -> None:
+    layer = NormalizedLinear(3, 2, ball="columns_l1")
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
+    layer.project_()
+    norms = layer.operator_norms(Shapes((3,), (2,)))
+    assert norms.one_one == pytest.approx(1.0)
+    assert norms.inf_inf >= 3.0

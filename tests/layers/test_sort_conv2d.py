@@ -18,6 +18,7 @@ class TestGeometric(LayerContract):
 
 class TestTopKStridedGroups(LayerContract):
     in_shape = (4, 3, 3)
+    parameter_draws = ("initial", "large", "tied")
 
     def make(self) -> LipschitzLayer:
         return SortConv2d.top_k_mean(4, 4, 2, k=3, stride=2, padding=1, groups=2, bias=False)
@@ -25,6 +26,7 @@ class TestTopKStridedGroups(LayerContract):
 
 class TestOneWindow(LayerContract):
     in_shape = (1, 3, 2)
+    parameter_draws = ("initial", "large", "tied")
     tight = frozenset({"weight", "bias"})
 
     def make(self) -> LipschitzLayer:

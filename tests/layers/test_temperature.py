@@ -3,9 +3,11 @@
 
 import pytest
 import torch
+from torch import nn
 
+from dplip.certify import certify
 from dplip.errors import ConfigError
-from dplip.layers import LearnedScale, LipschitzLayer
+from dplip.layers import LearnedScale, LipschitzLayer, MaxMin, NormalizedLinear, PositionBias
 from dplip.testing import LayerContract
 
 
@@ -39,3 +41,14 @@ def test_projection_keeps_the_scale_positive(value: float) -> None:
 def test_bad_arguments_are_refused(arguments: tuple[float, float, float]) -> None:
     with pytest.raises(ConfigError):
         LearnedScale(*arguments)
+
+
+@pytest.mark.parametrize("scale", [0.02, 50.0])
+def test_a_temperature_does_not_change_a_certified_radius(scale: float) -> None:
+    model = nn.Sequential(NormalizedLinear(4, 4), MaxMin(), NormalizedLinear(4, 3))
+    x = torch.randn(10, 4)
+    plain = certify(model.eval(), x, "l2", method="margin")
+    scaled = certify(nn.Sequential(*model, LearnedScale(scale), PositionBias(3)).eval(), x, "l2", method="margin")
+    assert torch.equal(plain.predicted, scaled.predicted)
+    assert float(plain.radius.max()) > 0.1
+    torch.testing.assert_close(scaled.radius, plain.radius, rtol=1e-4, atol=1e-5)
