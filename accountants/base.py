@@ -45,9 +45,7 @@ class Accountant(abc.ABC):
 
     def __init__(self, neighbors: Neighbors = Neighbors.ADD_OR_REMOVE_ONE) -> None:
         if not isinstance(neighbors, Neighbors):
-            raise ValueError(
-                f"{type(self).__name__}: expected neighbors to be a Neighbors, got {neighbors!r}"
-            )
+            raise ValueError(f"{type(self).__name__}: expected neighbors to be a Neighbors, got {neighbors!r}")
         self._neighbors = neighbors
         self._ledger: list[tuple[Event, int]] = []
 
@@ -109,9 +107,7 @@ class Accountant(abc.ABC):
             ValueError: ``delta`` is not in (0, 1).
         """
         if isinstance(delta, bool) or not isinstance(delta, numbers.Real) or not 0.0 < delta < 1.0:
-            raise ValueError(
-                f"{self.name} epsilon: expected delta in the open interval (0, 1), got {delta!r}"
-            )
+            raise ValueError(f"{self.name} epsilon: expected delta in the open interval (0, 1), got {delta!r}")
         return self._epsilon(float(delta)) if self._ledger else 0.0
 
     def delta(self, epsilon: float) -> float:
@@ -120,11 +116,7 @@ class Accountant(abc.ABC):
         Raises:
             ValueError: ``epsilon`` is negative or not a finite number.
         """
-        if (
-            isinstance(epsilon, bool)
-            or not isinstance(epsilon, numbers.Real)
-            or not 0.0 <= epsilon < math.inf
-        ):
+        if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real) or not 0.0 <= epsilon < math.inf:
             raise ValueError(f"{self.name} delta: expected a finite epsilon of at least 0, got {epsilon!r}")
         return self._delta(float(epsilon)) if self._ledger else 0.0
 
@@ -163,9 +155,7 @@ class Accountant(abc.ABC):
                 "pass what state_dict() returned"
             )
         if state["format"] != _STATE_FORMAT or isinstance(state["format"], bool):
-            raise ValueError(
-                f"{self.name} load_state_dict: expected format {_STATE_FORMAT}, got {state['format']!r}"
-            )
+            raise ValueError(f"{self.name} load_state_dict: expected format {_STATE_FORMAT}, got {state['format']!r}")
         if state["neighbors"] != self._neighbors.value:
             raise ValueError(
                 f"{self.name} load_state_dict: this accountant is for {self._neighbors.value}, "

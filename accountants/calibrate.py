@@ -77,9 +77,7 @@ def calibrate_steps(
     target = _budget("calibrate_steps", epsilon)
     full = make_accountant(accountant, neighbors)
     if not full.supports(step_event):
-        raise UnsupportedEvent(
-            f"calibrate_steps: {accountant} has no bound for {step_event!r} under {neighbors.value}"
-        )
+        raise UnsupportedEvent(f"calibrate_steps: {accountant} has no bound for {step_event!r} under {neighbors.value}")
 
     def spent(steps: int, draft: bool) -> float:
         return full.empty(draft=draft).compose(step_event, steps).epsilon(delta) if steps else 0.0
@@ -91,11 +89,7 @@ def calibrate_steps(
 
 
 def _budget(where: str, epsilon: object) -> float:
-    if (
-        isinstance(epsilon, bool)
-        or not isinstance(epsilon, numbers.Real)
-        or not 0.0 < float(epsilon) < math.inf
-    ):
+    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real) or not 0.0 < float(epsilon) < math.inf:
         raise ValueError(f"{where}: expected a finite epsilon > 0, got {epsilon!r}")
     return float(epsilon)
 
@@ -179,9 +173,7 @@ def _narrow(spent: Callable[[float], float], bracket: _Bracket, target: float, t
     return _Bracket(low, at_low, high, at_high)
 
 
-def _settle(
-    spent: Callable[[float], float], draft: _Bracket, target: float, delta: float, tolerance: float
-) -> float:
+def _settle(spent: Callable[[float], float], draft: _Bracket, target: float, delta: float, tolerance: float) -> float:
     """The smallest multiplier near the draft's, to ``tolerance``, that is within budget under ``spent``."""
     high, at_high, stride = draft.high, spent(draft.high), tolerance
     while at_high > target:
@@ -218,9 +210,7 @@ def _gallop(spent: Callable[[int], float], low: int, target: float) -> tuple[int
     return low, low + stride
 
 
-def _narrow_count(
-    spent: Callable[[int], float], low: int, high: int, target: float, width: int
-) -> tuple[int, int]:
+def _narrow_count(spent: Callable[[int], float], low: int, high: int, target: float, width: int) -> tuple[int, int]:
     """Keeps ``spent(low) <= target < spent(high)`` while shrinking to ``high - low <= width``."""
     at_low, at_high, turn = 0.0, math.inf, 0
     while high - low > width:

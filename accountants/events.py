@@ -39,9 +39,7 @@ def _count(where: str, value: object) -> int:
 
 def _event(where: str, value: object) -> Event:
     if not isinstance(value, Event):
-        raise ValueError(
-            f"{where}: expected an Event, got {value!r}; wrap a noise multiplier in Gaussian(...)"
-        )
+        raise ValueError(f"{where}: expected an Event, got {value!r}; wrap a noise multiplier in Gaussian(...)")
     return value
 
 
@@ -138,9 +136,7 @@ class TruncatedPoissonSampled(Event):
     def __post_init__(self) -> None:
         where = "TruncatedPoissonSampled"
         _event(f"{where}.event", self.event)
-        object.__setattr__(
-            self, "sampling_prob", _real(f"{where}.sampling_prob", self.sampling_prob, 0.0, 1.0)
-        )
+        object.__setattr__(self, "sampling_prob", _real(f"{where}.sampling_prob", self.sampling_prob, 0.0, 1.0))
         object.__setattr__(self, "dataset_size", _count(f"{where}.dataset_size", self.dataset_size))
         object.__setattr__(self, "max_batch_size", _count(f"{where}.max_batch_size", self.max_batch_size))
 
@@ -224,9 +220,7 @@ def _parse(d: object, depth: int) -> Event:
     cls, fields = _KINDS[kind]
     got = frozenset(d) - {"kind"}
     if got != fields:
-        raise ValueError(
-            f"event_from_dict: {kind} expects keys {sorted(fields)}, got {sorted(map(str, got))}"
-        )
+        raise ValueError(f"event_from_dict: {kind} expects keys {sorted(fields)}, got {sorted(map(str, got))}")
     values: dict[str, Any] = {k: d[k] for k in fields}
     if "event" in values:
         values["event"] = _parse(values["event"], depth + 1)

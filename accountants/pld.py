@@ -59,9 +59,7 @@ class PldAccountant(Accountant):
 
     name = "pld"
 
-    def __init__(
-        self, neighbors: Neighbors = Neighbors.ADD_OR_REMOVE_ONE, *, interval: float = BASE_INTERVAL
-    ) -> None:
+    def __init__(self, neighbors: Neighbors = Neighbors.ADD_OR_REMOVE_ONE, *, interval: float = BASE_INTERVAL) -> None:
         super().__init__(neighbors)
         if isinstance(interval, bool) or not 0.0 < interval <= 0.1:
             raise ValueError(f"PldAccountant: expected interval in (0, 0.1], got {interval!r}")
@@ -110,9 +108,7 @@ class PldAccountant(Accountant):
         return (None, math.inf) if composed is None else composed
 
 
-def _compose(
-    ledger: tuple[tuple[Event, int], ...], neighbors: Neighbors, base: float
-) -> tuple[Any, float] | None:
+def _compose(ledger: tuple[tuple[Event, int], ...], neighbors: Neighbors, base: float) -> tuple[Any, float] | None:
     exact = basic_mechanisms(ledger)
     if not exact:
         return None, 0.0
@@ -170,9 +166,7 @@ def _gaussian(z: float, q: float, interval: float, neighbors: Neighbors) -> Any:
     return loss.compute_mixture(loss, 0.5)
 
 
-def _truncated(
-    mechanism: TruncatedPoissonSampled, interval: float, neighbors: Neighbors
-) -> tuple[Any, float]:
+def _truncated(mechanism: TruncatedPoissonSampled, interval: float, neighbors: Neighbors) -> tuple[Any, float]:
     """Truncated Poisson sampling, after Ganesh et al., arXiv 2508.15089, valid for every size up to N.
 
     Let K of the other m-1 <= N-1 examples be drawn and B be the limit. If K < B the example at hand truncates

@@ -15,21 +15,15 @@ from accountants.events import Event, Gaussian, TruncatedPoissonSampled
 from accountants.mechanisms import noise_multiplier
 
 BASE_INTERVAL = 2e-4
-_FINEST = (
-    6  # base / 64: below that, rounding errors of the probabilities (about 1e-16 / spacing) start to show
-)
-_CELLS_PER_DEVIATION = (
-    16.0  # a loss of standard deviation s on a grid of s / 16: variance inflated by about 0.2 %
-)
+_FINEST = 6  # base / 64: below that, rounding errors of the probabilities (about 1e-16 / spacing) start to show
+_CELLS_PER_DEVIATION = 16.0  # a loss of standard deviation s on a grid of s / 16: variance inflated by about 0.2 %
 _MOST_SINGLE = 2**20  # grid points of all the single-step distributions together
 _MOST_COMPOSED = 2**21  # grid points of the composed distribution
 _WIDEST = 1.0
 _TAIL_DEVIATIONS = 10.4  # quantile of exp(-50), where dp-accounting cuts the noise, plus a little
 
 
-def grid_interval(
-    mechanisms: dict[Event, int], *, replace_one: bool, base: float = BASE_INTERVAL
-) -> float | None:
+def grid_interval(mechanisms: dict[Event, int], *, replace_one: bool, base: float = BASE_INTERVAL) -> float | None:
     """Spacing in units of epsilon, or None when losses are too large for any useful grid."""
     widest = deviation = coarsest_need = 0.0
     for mechanism, count in mechanisms.items():

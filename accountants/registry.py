@@ -22,7 +22,5 @@ def make_accountant(name: str, neighbors: Neighbors = Neighbors.ADD_OR_REMOVE_ON
         return ACCOUNTANTS[name](neighbors)
     reason = ""
     if str(name).lower() in {"gdp", "clt"}:
-        reason = (
-            "; gdp is deliberately not offered because its central-limit approximation under-reports epsilon"
-        )
+        reason = "; gdp is deliberately not offered because its central-limit approximation under-reports epsilon"
     raise ValueError(f"make_accountant: expected one of {sorted(ACCOUNTANTS)}, got {name!r}{reason}")

@@ -138,9 +138,7 @@ def validate(
     check(x.numel() > 0, "at least one example", f"inputs of shape {tuple(x.shape)}", "supply examples")
     if input_shape is not None:
         shape = tuple(x.shape[1:])
-        check(
-            shape == tuple(input_shape), f"inputs of shape {tuple(input_shape)}", f"{shape}", "reshape them"
-        )
+        check(shape == tuple(input_shape), f"inputs of shape {tuple(input_shape)}", f"{shape}", "reshape them")
     low, high = (float(v) for v in x.aminmax())  # NaN propagates to both
     finite = math.isfinite(low) and math.isfinite(high)
     check(finite, "finite inputs", "NaN or Inf", "remove or repair those examples")
@@ -256,9 +254,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray[tuple[int, ...], np.dtype[np.u
     except (OSError, EOFError, zlib.error) as error:
         raise broken("a readable file", f"{type(error).__name__}: {error}") from error
     if len(body) != size:
-        raise broken(
-            f"{size} bytes of data for shape {shape}", "more" if len(body) > size else f"{len(body)}"
-        )
+        raise broken(f"{size} bytes of data for shape {shape}", "more" if len(body) > size else f"{len(body)}")
     return np.frombuffer(bytearray(body), np.uint8).reshape(shape)
 
 
@@ -274,9 +270,7 @@ def _find_mnist(folder: Path) -> dict[str, Path]:
             missing += [str(place / stem) for stem in MNIST_SHA256 if stem not in found]
     expected = f"the four MNIST IDX files (plain or .gz) in {folder}/mnist, {folder} or {folder}/MNIST/raw"
     got = f"no {', no '.join(missing)}" if missing else "none of them"
-    raise DataError(
-        message("mnist", expected, got, "put them there or name another folder (--data-dir, DPLIP_DATA)")
-    )
+    raise DataError(message("mnist", expected, got, "put them there or name another folder (--data-dir, DPLIP_DATA)"))
 
 
 def _cached_mnist() -> dict[str, Path]:

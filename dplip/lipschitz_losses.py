@@ -3,8 +3,8 @@
 
 Write ``t_c = +1`` for the true class and -1 for the others (a single logit: +1 for label 1), and ``w_c`` for a weight
 that depends on the class and on the sign of ``t_c`` through *fixed public priors* ``pi``: ``w_c = 1 / (2 pi_c)`` where
-``t_c = 1`` and ``1 / (2 (1 - pi_c))`` elsewhere; 1 without priors. Weighting by the class counts of the batch, as common
-implementations do, would let one example's gradient grow with the batch size and tell the counts.
+``t_c = 1`` and ``1 / (2 (1 - pi_c))`` elsewhere; 1 without priors. Weighting by the class counts of the batch, as
+common implementations do, would let one example's gradient grow with the batch size and tell the counts.
 
 Every loss is a sum over the batch (see :mod:`dplip.losses`) and a mean over the C classes.
 """
@@ -28,15 +28,17 @@ __all__ = ["HKR", "KR", "Cosine", "MeanAbsoluteError", "OneVersusAllHinge"]
 class _OneVersusAll(BoundedLoss):
     """``sum_b mean_c w_c f(t_c z_c)`` for an ``f`` with slopes in [-slope, 0].
 
-    Bounds: entry c of one example's gradient is at most ``slope w_c / C`` in magnitude, so for label y the norms are those
-    of the vector ``slope w(y) / C``; the largest over the labels is claimed.
+    Bounds: entry c of one example's gradient is at most ``slope w_c / C`` in magnitude, so for label y the norms are
+    those of the vector ``slope w(y) / C``; the largest over the labels is claimed.
     """
 
     def __init__(self, slope: float, priors: Sequence[float] | None) -> None:
         super().__init__()
         name = type(self).__name__
         if priors is not None and not (len(priors) and all(0 < p < 1 for p in priors)):
-            raise ConfigError(f"{name}: expected priors between 0 and 1, got {priors}; give one public number per class")
+            raise ConfigError(
+                f"{name}: expected priors between 0 and 1, got {priors}; give one public number per class"
+            )
         if priors is not None and len(priors) > 1 and abs(sum(priors) - 1) > 1e-6:
             raise ConfigError(f"{name}: expected priors that sum to 1, got {sum(priors):g}; normalise them")
         self.slope, self.priors = slope, None if priors is None else tuple(float(p) for p in priors)
@@ -48,7 +50,8 @@ class _OneVersusAll(BoundedLoss):
             return ones, ones
         if len(self.priors) != num_classes:
             raise ConfigError(
-                f"{type(self).__name__}: expected {num_classes} priors for {num_classes} logits, got {len(self.priors)}; "
+                f"{type(self).__name__}: expected {num_classes} priors for {num_classes} logits, got "
+                f"{len(self.priors)}; "
                 "give one per logit"
             )
         p = torch.tensor(self.priors, dtype=torch.float64)
@@ -77,7 +80,8 @@ class _OneVersusAll(BoundedLoss):
 
 
 class KR(_OneVersusAll):
-    """``-sum_b mean_c w_c t_c z_c``: the Kantorovich-Rubinstein dual of a Wasserstein-1 distance, one class against all.
+    """``-sum_b mean_c w_c t_c z_c``: the Kantorovich-Rubinstein dual of a Wasserstein-1 distance, one class against
+    all.
 
     Bounds: without priors (1, 1/sqrt(C), 1/C), attained everywhere since the loss is linear.
 
@@ -111,7 +115,8 @@ class OneVersusAllHinge(_OneVersusAll):
 
 
 class HKR(_OneVersusAll):
-    """KR plus ``alpha`` times the hinge (Serrurier et al., CVPR 2021). Bounds: ``1 + alpha`` times those of :class:`KR`.
+    """KR plus ``alpha`` times the hinge (Serrurier et al., CVPR 2021). Bounds: ``1 + alpha`` times those of
+    :class:`KR`.
 
     Raises:
         ConfigError: ``alpha`` or ``margin`` is not positive and finite, or see :class:`KR`.
@@ -128,10 +133,10 @@ class HKR(_OneVersusAll):
 class Cosine(BoundedLoss):
     """``-sum_b z_y / max(||z||_2, K)``: cosine similarity with the true class, smoothed below norm ``K``.
 
-    Bounds: with ``u = z / ||z||``, ``g = -(e_y - u_y u) / ||z||`` where ``||z|| >= K`` and ``-e_y / K`` elsewhere. The first
-    has l_2 norm ``sqrt(1 - u_y^2) / ||z||`` and l_1 norm at most ``(1 - u_y^2 + |u_y| sqrt((1 - u_y^2)(C - 1))) / ||z||``, whose
-    maximum is ``(1 + sqrt(C)) / 2 / ||z||``. Hence ``((1 + sqrt(C)) / 2, 1, 1) / K``: the Lipschitz constant is ``1 / K``, also
-    for ``K > 1`` (not ``1 / K^2``).
+    Bounds: with ``u = z / ||z||``, ``g = -(e_y - u_y u) / ||z||`` where ``||z|| >= K`` and ``-e_y / K`` elsewhere. The
+    first has l_2 norm ``sqrt(1 - u_y^2) / ||z||`` and l_1 norm at most ``(1 - u_y^2 + |u_y| sqrt((1 - u_y^2)(C - 1))) /
+    ||z||``, whose maximum is ``(1 + sqrt(C)) / 2 / ||z||``. Hence ``((1 + sqrt(C)) / 2, 1, 1) / K``: the Lipschitz
+    constant is ``1 / K``, also for ``K > 1`` (not ``1 / K^2``).
 
     Raises:
         ConfigError: ``minimum_norm`` is not positive and finite.
@@ -146,7 +151,8 @@ class Cosine(BoundedLoss):
         if logits.shape[1] < 2:
             raise DataError("Cosine: expected two or more classes, got one; use KR or BinaryCrossEntropy")
         norm = torch.linalg.vector_norm(logits, dim=1).clamp_min(self.minimum_norm)
-        return -(logits.gather(1, labels[:, None]).squeeze(1) / norm).sum()
+        similarity: Tensor = (logits.gather(1, labels[:, None]).squeeze(1) / norm).sum()
+        return -similarity
 
     def logit_gradient(self, num_classes: int) -> Norms:
         k = self.minimum_norm
@@ -167,7 +173,8 @@ class MeanAbsoluteError(BoundedLoss):
             targets = targets.unsqueeze(-1)
         if logits.ndim != 2 or targets.shape != logits.shape or not targets.dtype.is_floating_point:
             raise DataError(
-                f"MeanAbsoluteError: expected logits [B, C] and float targets of that shape, got {tuple(logits.shape)} and "
+                f"MeanAbsoluteError: expected logits [B, C] and float targets of that shape, got "
+                f"{tuple(logits.shape)} and "
                 f"{targets.dtype} {tuple(targets.shape)}; one-hot encode class indices"
             )
         return (logits - targets.to(logits.dtype)).abs().sum() / logits.shape[1]

@@ -216,7 +216,7 @@ class LogitGradientClip(BoundedLoss):
 
     @property
     def copies(self) -> int:
-        return self.loss.copies
+        return self.loss.copies if isinstance(self.loss, BoundedLoss) else 1
 
     def logit_gradient(self, num_classes: int) -> Norms:
         clipped = Norms(num_classes, **{self.norm: self.bound})

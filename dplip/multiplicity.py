@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several augmented copies of each example in one step, at the price of one.
 
-The copies of an example are neighbouring rows of the batch: ``augmented`` makes [B K, ...] out of [B, ...], the model sees
-B K rows, and :class:`AugmentationMultiplicity` gives each row the weight ``1 / K``.
+The copies of an example are neighbouring rows of the batch: ``augmented`` makes [B K, ...] out of [B, ...], the model
+sees B K rows, and :class:`AugmentationMultiplicity` gives each row the weight ``1 / K``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class _ScaleGradient(torch.autograd.Function):
 class AugmentationMultiplicity(BoundedLoss):
     """``sum_b (1 / K) sum_k loss(z_bk, y_b)`` for logits [B K, C] whose K copies of an example are adjacent.
 
-    Guarantee. Row ``k`` of an example has a logit gradient within ``1/K`` of ``loss``'s bounds, so its gradient in a tensor
-    is at most ``s / K`` (every rule is linear in the cotangent), and the K of them add up to at most ``s``: the
+    Guarantee. Row ``k`` of an example has a logit gradient within ``1/K`` of ``loss``'s bounds, so its gradient in a
+    tensor is at most ``s / K`` (every rule is linear in the cotangent), and the K of them add up to at most ``s``: the
     sensitivity of one copy, at no privacy cost. The copies must be functions of the example alone (no mixup) and lie
     in the input domain.
 

@@ -20,7 +20,7 @@ from dplip.checkpoint import load_checkpoint, save_checkpoint
 from dplip.config import RunConfig, load_config
 from dplip.data import Dataset
 from dplip.errors import CheckpointError, ConfigError
-from dplip.layers import LipschitzLayer
+from dplip.layers import LipschitzLayer, advance_masks
 from dplip.privacy import PrivacyPlan
 from dplip.report import Report, privacy_section, robustness_section, versions
 from dplip.session import Session, make_model, prepare
@@ -112,6 +112,7 @@ def _epoch(session: Session, data: Dataset, observers: Sequence[Observer]) -> di
         session.optimizer.zero_grad()
         session.loss(session.model(x), y).backward()
         session.optimizer.step()
+        advance_masks(session.model)  # public masks are fixed within a step, bounds included
         session.schedule.step()
         if session.averaged is not None:
             session.averaged.update_parameters(session.model)

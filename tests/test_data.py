@@ -57,9 +57,7 @@ def test_mnist_from_each_layout(tmp_path: Path, place: str, suffix: str) -> None
         assert split.y.tolist() == labels.tolist()
 
 
-def test_environment_names_the_folder_and_argument_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_names_the_folder_and_argument_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mnist(tmp_path / "env", train=7)
     write_mnist(tmp_path / "arg", train=5)
     monkeypatch.setenv("DPLIP_DATA", str(tmp_path / "env"))
@@ -179,9 +177,7 @@ def test_download_fills_the_cache_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(p.name for p in (tmp_path / "cache/dplip/mnist").iterdir()) == sorted(STEMS)
 
 
-def test_download_with_the_wrong_content_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_with_the_wrong_content_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror = serve(tmp_path, monkeypatch)
     other = gzip.compress(idx(np.zeros((7, 28, 28), np.uint8)))
     (mirror / f"{STEMS[0]}.gz").write_bytes(other)

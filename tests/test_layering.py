@@ -32,6 +32,8 @@ BELOW = {  # package or module -> what it may import, itself aside
     "dplip.bounds": BASE | {"dplip.layers", "dplip.operator_norm"},
     "dplip.losses": BASE | {"dplip.bounds"},
     "dplip.margin_losses": BASE | {"dplip.losses"},
+    "dplip.lipschitz_losses": BASE | {"dplip.losses"},
+    "dplip.multiplicity": BASE | {"dplip.losses"},
     "dplip.privacy": BASE | {"accountants", "dplip.bounds", "dplip.layers", "dplip.losses"},
     "dplip.certify": BASE | {"dplip.bounds", "dplip.layers", "dplip.operator_norm"},
     "dplip.audit": UP_TO_LAYERS | PROOFS - {"dplip.audit"},

@@ -37,8 +37,8 @@ def check_independence(model: nn.Module, graph: Graph, domain: InputDomain) -> N
         for kind, remedy in MIXES_EXAMPLES.items():
             if isinstance(module, kind):
                 raise MixesExamplesError(
-                    f"bounds: node '{name or 'model'}' ({type(module).__name__}) mixes examples when it trains, and what "
-                    f"it keeps for evaluation is not private; {remedy}"
+                    f"bounds: node '{name or 'model'}' ({type(module).__name__}) mixes examples when it trains, "
+                    f"and what it keeps for evaluation is not private; {remedy}"
                 )
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     reference = input_like(model, domain)

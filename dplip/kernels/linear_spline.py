@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear splines on a uniform grid: ``y[b, c, s] = phi_c(x[b, c, s])``.
 
-``phi_c`` interpolates ``coefficients[c, 0..K]`` at ``K + 1`` knots from ``-reach`` to ``reach``, and continues outside with
-fixed slopes ``end_slopes[c]`` (left, right), or constantly where they are None. So the gradient with respect to the
-coefficients is a convex combination of two unit vectors at every input, however far away. Exactly one of grid and end
-counts for the derivative in ``x``, at and within rounding of ``+-reach`` too: two slopes are never added there.
+``phi_c`` interpolates ``coefficients[c, 0..K]`` at ``K + 1`` knots from ``-reach`` to ``reach``, and continues
+outside with fixed slopes ``end_slopes[c]`` (left, right), or constantly where they are None. So the gradient with
+respect to the coefficients is a convex combination of two unit vectors at every input, however far away. Exactly one
+of grid and end counts for the derivative in ``x``, at and within rounding of ``+-reach`` too: two slopes are never
+added there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def locate(x: Tensor, reach: float, intervals: int) -> tuple[Tensor, Tensor]:
     """Interval index (int64, in ``0..K-1``) and fraction (in [0, 1]) of every input.
 
     The index is clamped after rounding, so neither an input outside the grid nor a rounding error at a knot
-    can ever read a neighbouring channel's coefficients. The fraction's derivative in ``x`` is that of a point of the grid
-    wherever ``|x| <= reach``, and 0 beyond.
+    can ever read a neighbouring channel's coefficients. The fraction's derivative in ``x`` is that of a point of the
+    grid wherever ``|x| <= reach``, and 0 beyond.
     """
     t = (x.clamp(-reach, reach) + reach) * (intervals / (2 * reach))
     index = t.detach().floor().nan_to_num(0).clamp(0, intervals - 1)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two ways to put the values of a linear spline back where neighbours differ by at most one step.
 
-Both act on every row of ``values`` [C, K + 1] by itself and return the same shape; both are idempotent and keep the mean.
+Both act on every row of ``values`` [C, K + 1] by itself and return the same shape; both are idempotent and keep the
+mean.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def clip_slopes(values: Tensor, step: float) -> Tensor:
-    """Clips every difference to [-step, step] and restores each row's mean; O(K), but neither nearest nor non-expansive.
+    """Clips every difference to [-step, step] and restores each row's mean; O(K), but neither nearest nor
+    non-expansive.
 
     Source: Ducotterd, Goujon, Bohra, Perdios, Neumayer, Unser, JMLR 2024, equation 15.
     """
@@ -28,11 +30,12 @@ def clip_slopes(values: Tensor, step: float) -> Tensor:
 
 
 def nearest_slopes(values: Tensor, step: float) -> Tensor:
-    """The Euclidean projection: ``argmin ||v - values||_2`` with ``|v_{k+1} - v_k| <= step``, exactly, in O(K^2) per row.
+    """The Euclidean projection: ``argmin ||v - values||_2`` with ``|v_{k+1} - v_k| <= step``, exactly, in O(K^2) per
+    row.
 
     Dynamic programming. ``f_k(v) = (v - c_k)^2 / 2 + min_{|w - v| <= step} f_{k-1}(w)`` is convex; its derivative is
-    piecewise linear and is kept as breakpoints. Minimising over the window moves the part left of the minimiser ``m`` by
-    ``-step``, the part right of it by ``+step`` and puts a zero between; then ``v - c_k`` is added. Back from
+    piecewise linear and is kept as breakpoints. Minimising over the window moves the part left of the minimiser ``m``
+    by ``-step``, the part right of it by ``+step`` and puts a zero between; then ``v - c_k`` is added. Back from
     ``v_K = m_K``, ``v_{k-1}`` is ``m_{k-1}`` clipped to the window around ``v_k``. (The method of N. A. Johnson, A
     Dynamic Programming Algorithm for the Fused Lasso and L0-Segmentation, JCGS 2013, for constrained differences.)
 
@@ -78,5 +81,5 @@ def _root(places: Array, slopes: Array, outer: int) -> Array:
     low, high, at_low, at_high = places[rows, a], places[rows, b], slopes[rows, a], slopes[rows, b]
     inside = (right > 0) & (right <= last)
     rise = np.where(inside, at_high - at_low, 1.0)
-    root = np.where(inside, low - at_low / rise * (high - low), low - at_low / outer)
+    root: Array = np.where(inside, low - at_low / rise * (high - low), low - at_low / outer)
     return root[:, None]

@@ -92,7 +92,7 @@ class LipschitzLayer(nn.Module, abc.ABC):
             "override interval(lower, upper) or use method='margin'"
         )
 
-    def project_(self) -> None:  # noqa: B027  (most layers have nothing to project)
+    def project_(self) -> None:
         """Put the parameters back into their constraint set, in place. Post-processing: costs no privacy."""
 
     def refuses_certificate(self) -> str | None:

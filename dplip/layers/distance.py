@@ -64,9 +64,7 @@ class DistanceLayer(LipschitzLayer):
         super().__init__()
         where = type(self).__name__
         if in_features < 1 or out_features < 1:
-            raise ConfigError(
-                f"{where}: expected positive sizes, got {in_features} and {out_features}; fix them"
-            )
+            raise ConfigError(f"{where}: expected positive sizes, got {in_features} and {out_features}; fix them")
         if init not in INITS:
             raise ConfigError(f"{where}: expected init in {INITS}, got {init!r}; choose one of them")
         if init == "identity" and in_features > out_features:

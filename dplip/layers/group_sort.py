@@ -37,9 +37,7 @@ class GroupSort(LipschitzLayer):
     def forward(self, x: Tensor) -> Tensor:
         size = self.group_size or x.shape[1]
         if x.ndim < 2 or x.shape[1] % size:
-            raise ValueError(
-                f"GroupSort: expected x [B, C, *] with C divisible by {size}, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"GroupSort: expected x [B, C, *] with C divisible by {size}, got {tuple(x.shape)}")
         groups = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
         if size == 2:
             a, b = groups.unbind(2)

@@ -27,17 +27,17 @@ class LinearSpline(LipschitzLayer):
     r"""``y[b, c, ...] = phi_c(x[b, c, ...])``, one learned linear spline per channel, shared over positions; with
     ``scaled``, ``y = phi_c(a_c x) / a_c``.
 
-    Shapes: ``x`` [B, channels, *], ``coefficients`` [channels, intervals + 1] (values at uniform knots on [-reach, reach]),
-    ``scale`` ``a`` [channels]. Outside the grid ``phi_c`` is constant (``ends="clamp"``), has slope 1 (``"unit"``), or
-    keeps the end slopes of the initial function (``"match"``), so that |x| starts as |x| everywhere.
+    Shapes: ``x`` [B, channels, *], ``coefficients`` [channels, intervals + 1] (values at uniform knots on
+    [-reach, reach]), ``scale`` ``a`` [channels]. Outside the grid ``phi_c`` is constant (``ends="clamp"``), has slope 1
+    (``"unit"``), or keeps the end slopes of the initial function (``"match"``), so that |x| starts as |x| everywhere.
 
-    Guarantee. Lipschitz with constant ``s = max |slope|``, the ends included, in every norm; :meth:`project_` puts every
-    slope into [-1, 1]. ``dphi/dcoefficients`` is a convex combination of two unit vectors at any input, so one example's
-    gradient is at most ``||g||_2`` for [B, channels] inputs and ``min(||g||_1, sqrt(positions) ||g||_2)`` otherwise,
-    times ``1 / min a`` if scaled. ``dy/da = (u phi'(u) - phi(u)) / a^2`` with ``u = a x`` is minus the intercept at 0 of the
-    piece that ``u`` lies on, over ``a^2``: bounded for *any* input by the largest intercept, and computed as such, so it
-    is exactly 0 where ``phi`` is homogeneous. Linear extrapolation, which the source uses, has coefficient gradients that
-    grow with the input and is not offered.
+    Guarantee. Lipschitz with constant ``s = max |slope|``, the ends included, in every norm; :meth:`project_` puts
+    every slope into [-1, 1]. ``dphi/dcoefficients`` is a convex combination of two unit vectors at any input, so one
+    example's gradient is at most ``||g||_2`` for [B, channels] inputs and ``min(||g||_1, sqrt(positions) ||g||_2)``
+    otherwise, times ``1 / min a`` if scaled. ``dy/da = (u phi'(u) - phi(u)) / a^2`` with ``u = a x`` is minus the
+    intercept at 0 of the piece that ``u`` lies on, over ``a^2``: bounded for *any* input by the largest intercept, and
+    computed as that intercept, so that no rounding error of the size of ``x`` is released. Linear extrapolation, which
+    the source uses, has coefficient gradients that grow with the input and is not offered.
 
     Source: Ducotterd, Goujon, Bohra, Perdios, Neumayer, Unser, Improving Lipschitz-Constrained Neural Networks by
     Learning Activation Functions, JMLR 2024, sections 3.2 and 3.3; TV(2) regularisation from equation 12.
@@ -47,8 +47,8 @@ class LinearSpline(LipschitzLayer):
         intervals: number of linear pieces on the grid, any number >= 1.
         reach: half-width of the grid.
         ends: one of :data:`SPLINE_ENDS`.
-        init: one of :data:`SPLINE_INITS`; ``"maxmin"`` alternates the absolute value and the identity by channel. A corner
-            at 0 is exact for an even number of intervals and cut off within half an interval of 0 for an odd one.
+        init: one of :data:`SPLINE_INITS`; ``"maxmin"`` alternates the absolute value and the identity by channel. A
+            corner at 0 is exact for an even number of intervals and cut off half an interval around 0 for an odd one.
         scaled: learn ``a``, starting at 1.
         scale_range: where :meth:`project_` keeps ``a``; beyond it ``forward`` uses the nearest end.
         projection: ``"clip"`` (the source's) or ``"nearest"`` (Euclidean, so non-expansive), see
@@ -85,7 +85,9 @@ class LinearSpline(LipschitzLayer):
                 f"{tuple(SPLINE_PROJECTIONS)}, got {ends!r}, {init!r} and {projection!r}; choose among them"
             )
         if not 0 < scale_range[0] <= 1 <= scale_range[1] < math.inf:
-            raise ConfigError(f"LinearSpline: expected 0 < low <= 1 <= high < inf, got scale_range {scale_range}; fix it")
+            raise ConfigError(
+                f"LinearSpline: expected 0 < low <= 1 <= high < inf, got scale_range {scale_range}; fix it"
+            )
         self.channels, self.intervals, self.reach = channels, intervals, float(reach)
         self.ends, self.init, self.projection = ends, init, projection
         self.scale_range = (float(scale_range[0]), float(scale_range[1]))
@@ -101,7 +103,7 @@ class LinearSpline(LipschitzLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the coefficients to the initial function at the knots, the matched end slopes to its own, the scale to 1."""
+        """Set coefficients and matched end slopes to those of the initial function, and the scale to 1."""
         knots = torch.linspace(-self.reach, self.reach, self.intervals + 1, dtype=torch.float64)
         values = {"identity": knots, "absolute_value": knots.abs(), "relu": knots.relu(), "zero": 0 * knots}
         for parity in (0, 1):
@@ -134,7 +136,7 @@ class LinearSpline(LipschitzLayer):
 
     @torch.no_grad()
     def _intercept_table(self) -> Tensor:
-        """Value at 0 of the line that continues each piece: left end, the grid's, right end; [channels, intervals + 2]."""
+        """Value at 0 of the line through each piece: left end, grid, right end; [channels, intervals + 2]."""
         c, k = self.coefficients, torch.arange(self.intervals, device=self.coefficients.device) - self.intervals / 2
         grid = c[:, :-1] * (1 + k) - c[:, 1:] * k
         ends = c[:, [0, -1]]
@@ -175,6 +177,7 @@ class LinearSpline(LipschitzLayer):
         u, a = self._flat(x), self._factor()
         cotangent = g.reshape(u.shape)
         if a is not None:
+            a = a.detach()
             u, cotangent = a * u, cotangent / a
         index, fraction = locate(u, self.reach, self.intervals)
         grad = x.new_zeros(len(x), *self.coefficients.shape)
@@ -210,8 +213,8 @@ class LinearSpline(LipschitzLayer):
             self.scale.clamp_(*self.scale_range)
 
     def tv2(self) -> Tensor:
-        """Second-order total variation ``sum |change of slope|`` on the grid, over all channels: a scalar penalty for few
-        pieces. The scale does not change it."""
+        """Second-order total variation ``sum |change of slope|`` on the grid, over all channels: a scalar penalty for
+        few pieces. The scale does not change it."""
         return self.slopes().diff(dim=1).abs().sum()
 
     def linear_regions(self, tolerance: float = 1e-3) -> Tensor:

@@ -66,9 +66,7 @@ class LinfDistance(DistanceLayer):
     @p.setter
     def p(self, value: float) -> None:
         if not 2 <= value:
-            raise ConfigError(
-                f"LinfDistance: expected 2 <= p <= inf, got {value}; no bound is offered below 2"
-            )
+            raise ConfigError(f"LinfDistance: expected 2 <= p <= inf, got {value}; no bound is offered below 2")
         self._p = float(value)
 
     def _gain(self) -> float:

@@ -21,13 +21,13 @@ __all__ = ["RandomFeatures"]
 class RandomFeatures(LipschitzLayer):
     r"""``y = [cos(W u + b) / sqrt(m), (linear / radius) u]`` with ``u = x min(1, radius / ||x||_2)``.
 
-    Shapes: ``x`` [B, in_features] -> ``y`` [B, count + in_features], ``m = count``. ``W`` and ``b`` are buffers drawn from
-    a public seed: row ``k`` of ``W`` is Gaussian of scale ``s_k / sqrt(in_features)``, ``s_k`` log-uniform in
+    Shapes: ``x`` [B, in_features] -> ``y`` [B, count + in_features], ``m = count``. ``W`` and ``b`` are buffers drawn
+    from a public seed: row ``k`` of ``W`` is Gaussian of scale ``s_k / sqrt(in_features)``, ``s_k`` log-uniform in
     [``low``, ``high``]; ``b`` is uniform in [0, 2 pi). Nothing is learned, so nothing is spent.
 
-    Guarantee. ``||y||_2 <= sqrt(1 + linear^2)`` for every input, which is what a layer behind it needs for its sensitivity.
-    A Jacobian is ``diag(+-sin) W / sqrt(m)`` on top of ``(linear / radius) I``, times that of the projection; shrinking
-    rows shrinks all five norms, so they are those of the stacked matrix times those of
+    Guarantee. ``||y||_2 <= sqrt(1 + linear^2)`` for every input, which is what a layer behind it needs for its
+    sensitivity. A Jacobian is ``diag(+-sin) W / sqrt(m)`` on top of ``(linear / radius) I``, times that of the
+    projection; shrinking rows shrinks all five norms, so they are those of the stacked matrix times those of
     :class:`dplip.layers.BallClip`.
 
     Source: Rahimi and Recht, Random Features for Large-Scale Kernel Machines, NeurIPS 2007 (here a mixture of

@@ -3,17 +3,21 @@
 
 from dplip.privacy.allocation import ALLOCATIONS, Tensors, allocate
 from dplip.privacy.engine import ClipFreeEngine, PublicSizeWarning
+from dplip.privacy.monitor import GradientToNoise, TensorSignal
 from dplip.privacy.noise import NoiseSource
 from dplip.privacy.optimizer import ClipFreeOptimizer, noise_weights
 from dplip.privacy.plan import PrivacyPlan
+from dplip.privacy.quantile import AdaptiveLogitClip
 from dplip.privacy.sampling import PoissonSampler, PrivateLoader
 from dplip.privacy.sensitivity import StepSensitivity
 from dplip.privacy.standardize import PrivateStandardizer
 
 __all__ = [
     "ALLOCATIONS",
+    "AdaptiveLogitClip",
     "ClipFreeEngine",
     "ClipFreeOptimizer",
+    "GradientToNoise",
     "NoiseSource",
     "PoissonSampler",
     "PrivacyPlan",
@@ -21,6 +25,7 @@ __all__ = [
     "PrivateStandardizer",
     "PublicSizeWarning",
     "StepSensitivity",
+    "TensorSignal",
     "Tensors",
     "allocate",
     "noise_weights",

@@ -212,7 +212,7 @@ class ClipFreeEngine:
         self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity
     ) -> ClipFreeOptimizer:
         device = next(iter(sensitivity.trainable.values())).device
-        guard = Guard(module, sensitivity.domain, sensitivity.cotangent)
+        guard = Guard(module, sensitivity.domain, sensitivity.cotangent * (1 / sensitivity.loss.copies))
         try:
             return ClipFreeOptimizer(
                 optimizer,

@@ -19,6 +19,7 @@ from dplip.privacy.allocation import Tensors, allocate
 from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource
 from dplip.privacy.plan import PrivacyPlan
+from dplip.privacy.quantile import AdaptiveLogitClip
 from dplip.privacy.sensitivity import StepSensitivity
 
 __all__ = ["ClipFreeOptimizer", "noise_weights"]
@@ -61,6 +62,7 @@ class ClipFreeOptimizer(Optimizer):
         self.plan, self.sensitivity, self.accountant = plan, sensitivity, accountant
         self.noise, self.guard = noise, guard
         self.steps_taken = 0
+        self.released_sigma: dict[str, float] = {}  # of the last step's sum, per tensor; public
         self._names = {id(p): name for name, p in sensitivity.trainable.items()}
         self._projected = [m for m in sensitivity.model.modules() if isinstance(m, LipschitzLayer)]
         self._step_hooks: list[Callable[[ClipFreeOptimizer], None]] = []
@@ -73,6 +75,9 @@ class ClipFreeOptimizer(Optimizer):
                 f"optimizer: expected one gradient per step, got {type(optimizer).__name__}, which calls its closure; "
                 "use SGD or Adam"
             )
+        self._gradient_multiplier()  # refuses a clip quantile that would overspend
+        if any(isinstance(m, AdaptiveLogitClip) for m in sensitivity.loss.modules() if m is not sensitivity.loss):
+            raise PlanError("optimizer: expected AdaptiveLogitClip outermost, got it inside another loss; swap them")
         guard.on_forward = self._note_bounds
 
     def _all_parameters(self) -> list[Tensor]:
@@ -130,7 +135,7 @@ class ClipFreeOptimizer(Optimizer):
     def _with_noise(self, bounds: dict[str, Tensors]) -> dict[str, tuple[Tensors, float]]:
         weights = noise_weights(self.param_groups, self.sensitivity.trainable)
         bounds = {name: t._replace(weight=weights[name]) for name, t in bounds.items()}
-        sigma = allocate(self.plan.allocation, bounds, self.plan.noise_multiplier)
+        sigma = allocate(self.plan.allocation, bounds, self._gradient_multiplier())
         return {name: (t, sigma[name]) for name, t in bounds.items()}
 
     def _note_bounds(self) -> None:
@@ -149,6 +154,8 @@ class ClipFreeOptimizer(Optimizer):
             else:
                 p.grad.zero_()
         self.guard.start_step()
+        if self._adaptive is not None:
+            self._adaptive.forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -165,9 +172,12 @@ class ClipFreeOptimizer(Optimizer):
         self.guard.require_one_backward()
         tensors = self._with_noise(self._noted or self.sensitivity.tensors())
         gradients = [self._summed(p, name, tensors[name][0]) for name, p in self.sensitivity.trainable.items()]
+        step = self.steps_taken
         self._spend()
         for (name, p), gradient in zip(self.sensitivity.trainable.items(), gradients, strict=True):
             p.grad = self.noise.add_(gradient, tensors[name][1]).div_(self.expected_batch_size)
+        self.released_sigma = {name: sigma for name, (_, sigma) in tensors.items()}
+        self._refresh_clip(step)
         self.original_optimizer.step()
         for layer in self._projected:
             layer.project_()
@@ -176,6 +186,22 @@ class ClipFreeOptimizer(Optimizer):
         for hook in self._step_hooks:
             hook(self)
         return loss
+
+    @property
+    def _adaptive(self) -> AdaptiveLogitClip | None:
+        loss = self.sensitivity.loss
+        return loss if isinstance(loss, AdaptiveLogitClip) else None
+
+    def _gradient_multiplier(self) -> float:
+        """What the plan's multiplier leaves for the gradient when the clip quantile is released with it."""
+        z, adaptive = self.plan.noise_multiplier, self._adaptive
+        return z if adaptive is None else adaptive.gradient_multiplier(z, self.steps_taken)
+
+    def _refresh_clip(self, step: int) -> None:
+        adaptive = self._adaptive
+        if adaptive is not None:
+            adaptive.release(step, self.expected_batch_size, self.noise, self.plan.noise_multiplier > 0)
+            self.guard.cotangent = self.sensitivity.refresh_cotangent() * (1 / adaptive.copies)
 
     def _spend(self) -> None:
         # The ledger grows before the noise leaves: an interrupted step counts as taken.

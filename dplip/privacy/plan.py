@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from accountants import ACCOUNTANTS, Accountant, Neighbors, calibrate_noise_multiplier, make_accountant
+from accountants import ACCOUNTANTS, Accountant, Neighbors, calibrate_noise_multiplier, calibrate_steps, make_accountant
 from accountants.events import Event, Gaussian, PoissonSampled, Repeat, TruncatedPoissonSampled
 from dplip.errors import PlanError
 from dplip.privacy.allocation import ALLOCATIONS
@@ -145,6 +145,32 @@ class PrivacyPlan:
         if self.noise_multiplier == 0:
             return math.inf
         return self.make_accountant().compose(self.step_event(), count).epsilon(self.delta)
+
+    def most_steps(self, epsilon: float | None = None) -> int:
+        """The largest number of this plan's steps with a proven epsilon of at most ``epsilon`` (default: the target).
+
+        Whatever else is released in a step, such as a clip quantile, is inside the step's event and so is counted.
+
+        Raises:
+            PlanError: no budget is given or it is out of range, or the plan has no noise.
+        """
+        budget = self.target_epsilon if epsilon is None else epsilon
+        if budget is None or self.noise_multiplier == 0:
+            raise PlanError("plan.most_steps: expected a budget and noise, got none; give epsilon and noise_multiplier")
+        try:
+            return calibrate_steps(
+                self.step_event(),
+                epsilon=budget,
+                delta=self.delta,
+                accountant=self.accountant,
+                neighbors=Neighbors(self.neighbors),
+            )
+        except ValueError as error:
+            raise PlanError(f"plan: {error}") from error
+
+    def most_epochs(self, epsilon: float | None = None) -> int:
+        """The whole epochs in :meth:`most_steps`."""
+        return self.most_steps(epsilon) // self.steps_per_epoch
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form; :meth:`from_dict` restores it."""

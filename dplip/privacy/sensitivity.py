@@ -72,6 +72,11 @@ class StepSensitivity:
             )
         return self.loss.logit_gradient(logits.shape[1])
 
+    def refresh_cotangent(self) -> Norms:
+        """Ask the loss for its bound again, after it has changed by public means; returns it."""
+        self.cotangent = self.loss.logit_gradient(self.cotangent.dim)
+        return self.cotangent
+
     def tensors(self) -> dict[str, Tensors]:
         """Bound and size of every trainable parameter, for the current weights; 0 for one the output ignores."""
         states = forward(self.graph, self.domain, input_like(self.model, self.domain))

@@ -54,7 +54,8 @@ class Table:
 
 
 def load_table(name: str, folder: Path, seed: int = 0, held_out: float = 0.2) -> Table:
-    """Table ``name`` of :data:`TABLES` from ``folder/adbench``, permuted by ``seed``, the last ``held_out`` for the test.
+    """Table ``name`` of :data:`TABLES` from ``folder/adbench``, permuted by ``seed``, the last ``held_out`` for the
+    test.
 
     Raises:
         ConfigError: no such table.
@@ -66,7 +67,7 @@ def load_table(name: str, folder: Path, seed: int = 0, held_out: float = 0.2) ->
     if not path.is_file():
         raise DataError(f"{path}: expected an ADBench file, got none; put it there or pass another --data-dir")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             x, y = arrays["X"].astype(np.float32), arrays["y"].astype(np.int64)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise DataError(f"{path}: expected arrays X and y, got a damaged file ({error}); replace it") from error

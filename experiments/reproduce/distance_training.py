@@ -53,10 +53,10 @@ class Recipe:
     mean_shift: bool = True
     loss: str = "mixture"
     eps: float = 0.15
-    weights: tuple[float, float] = (1.0, 0.01)
+    weights: tuple[float, float] = (1.0, 0.1)
     temperature: float = 10.0
-    epochs: int = 15
-    batch: int = 128
+    epochs: int = 12
+    batch: int = 64
     lr: float = 0.02
     decay: float = 5e-3
     begin: float = 0.0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One clip-free anomaly detector for every table: private standardisation, frozen cosines, one private layer.
 
-All of it is inside one budget: the two statistics releases and every step are in the same ledger, which is asked for epsilon at
-the end. One run per table is made on its training part; no result of another run on it is looked at.
+All of it is inside one budget: the two statistics releases and every step are in the same ledger, which is asked for
+epsilon at the end. One run per table is made on its training part; no result of another run on it is looked at.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Settings:
         batch: largest expected batch; smaller tables use all rows in every step.
         features: number of cosines.
         low, high, linear: see :class:`dplip.layers.RandomFeatures`.
-        rate: learning rate at 160,000 rows; it scales with the fourth root of the rows.
+        rate: learning rate at 160,000 rows; it scales with the square root of the rows and with the fourth root of
+            ``1 / (p (1 - p))`` for the released share ``p`` of anomalies.
         momentum, average: of the gradient, and of the iterates.
     """
 
@@ -51,7 +52,7 @@ class Settings:
     low: float = 0.7
     high: float = 2.0
     linear: float = 0.7
-    rate: float = 80.0
+    rate: float = 200.0
     momentum: float = 0.9
     average: float = 0.9
 
@@ -108,7 +109,8 @@ def detect(table: Table, settings: Settings, seed: int) -> Outcome:
     plan = PrivacyPlan(
         population=rows, sampling_prob=q, steps=settings.steps, delta=table.delta, noise_multiplier=at_steps
     )
-    lr = settings.rate * (rows / 160_000) ** 0.25 / math.sqrt(rate * (1 - rate)) * (1 - settings.momentum)
+    spread = (rate * (1 - rate)) ** 0.25
+    lr = settings.rate * math.sqrt(rows / 160_000) / spread * (1 - settings.momentum)
     engine = ClipFreeEngine(insecure_seed=2 * seed)
     engine.accountant.compose(scaling.event())
     loss = BinaryCrossEntropy()

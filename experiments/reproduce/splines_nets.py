@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,7 @@ class ClippedPReLU(nn.PReLU):
 
 
 def _spline(width: int, init: str) -> LinearSpline:
-    return LinearSpline(
-        width, intervals=20, reach=1.0, ends="match", init=init, scaled=True, projection="nearest"
-    )
+    return LinearSpline(width, intervals=20, reach=1.0, ends="match", init=init, scaled=True, projection="nearest")
 
 
 ACTIVATIONS: dict[str, Callable[[int, str], nn.Module]] = {
@@ -51,7 +50,7 @@ def network(sizes: Sequence[int], activation: str, init: str = "absolute_value")
     ``init`` is the initial function of splines.
     """
     layers: list[nn.Module] = []
-    for k, (d, m) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for k, (d, m) in enumerate(pairwise(sizes)):
         layers.append(NormalizedLinear(d, m, orthogonalize=3))
         if k < len(sizes) - 2:
             layers.append(ACTIVATIONS[activation](m, init))
@@ -86,9 +85,7 @@ def certified_constant(model: nn.Module, size: int) -> float:
     return constant
 
 
-def fit(
-    model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, *, smoothness: float = 0.0
-) -> None:
+def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, *, smoothness: float = 0.0) -> None:
     """Adam on ``loss() + smoothness * TV2`` with projections after every step.
 
     Three groups as in the source: weights, spline coefficients (0.3 of the rate), scales (a quarter).

@@ -59,9 +59,9 @@ class AccountantContract(abc.ABC):
             seen = epsilon
 
     def test_cheaper_is_cheaper(self) -> None:
-        assert self.make().compose(self.cheaper()).epsilon(self.DELTA) < self.make().compose(
-            self.event()
-        ).epsilon(self.DELTA)
+        assert self.make().compose(self.cheaper()).epsilon(self.DELTA) < self.make().compose(self.event()).epsilon(
+            self.DELTA
+        )
 
     def test_epsilon_falls_as_delta_grows(self) -> None:
         accountant = self.make().compose(self.event(), 5)
@@ -77,9 +77,7 @@ class AccountantContract(abc.ABC):
     def test_tree_of_events_equals_its_leaves(self) -> None:
         tree = Sequence((Repeat(self.event(), 2), Sequence(()), self.cheaper()))
         flat = self.make().compose(self.event(), 2).compose(self.cheaper())
-        assert self.make().compose(tree).epsilon(self.DELTA) == pytest.approx(
-            flat.epsilon(self.DELTA), rel=1e-9
-        )
+        assert self.make().compose(tree).epsilon(self.DELTA) == pytest.approx(flat.epsilon(self.DELTA), rel=1e-9)
 
     def test_equal_consecutive_events_share_an_entry(self) -> None:
         accountant = self.make().compose(self.event()).compose(self.event(), 4).compose(self.cheaper())

@@ -47,9 +47,7 @@ def mixture(weights: Sequence[float], means: Sequence[float], sigma: float) -> D
     """Density of ``sum_i w_i N(mean_i, sigma^2)``."""
 
     def density(x: np.ndarray) -> np.ndarray:
-        parts = [
-            w * np.exp(-0.5 * ((x - m) / sigma) ** 2) for w, m in zip(weights, means, strict=True) if w > 0
-        ]
+        parts = [w * np.exp(-0.5 * ((x - m) / sigma) ** 2) for w, m in zip(weights, means, strict=True) if w > 0]
         return np.asarray(sum(parts) / (sigma * math.sqrt(2 * math.pi)))
 
     return density

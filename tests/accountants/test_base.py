@@ -67,8 +67,6 @@ def test_neighbors_must_be_given_as_such() -> None:
 
 
 def test_importing_is_light() -> None:
-    code = (
-        "import sys, accountants; print([m for m in ('torch', 'dplip', 'dp_accounting') if m in sys.modules])"
-    )
+    code = "import sys, accountants; print([m for m in ('torch', 'dplip', 'dp_accounting') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -41,15 +41,11 @@ def spent(event: Event, delta: float, accountant: str, neighbors: Neighbors) -> 
         (1.0, 10, 0.5, "rdp", Neighbors.REPLACE_ONE),
     ],
 )
-def test_the_safe_end_and_no_more(
-    q: float, steps: int, epsilon: float, accountant: str, neighbors: Neighbors
-) -> None:
+def test_the_safe_end_and_no_more(q: float, steps: int, epsilon: float, accountant: str, neighbors: Neighbors) -> None:
     def run(z: float) -> Event:
         return Repeat(PoissonSampled(Gaussian(z), q), steps)
 
-    z = calibrate_noise_multiplier(
-        run, epsilon=epsilon, delta=1e-5, accountant=accountant, neighbors=neighbors
-    )
+    z = calibrate_noise_multiplier(run, epsilon=epsilon, delta=1e-5, accountant=accountant, neighbors=neighbors)
     assert spent(run(z), 1e-5, accountant, neighbors) <= epsilon
     assert spent(run(z * (1 - 2e-4)), 1e-5, accountant, neighbors) > epsilon
 
@@ -145,6 +141,4 @@ def test_steps_at_the_ends() -> None:
     with pytest.raises(ValueError, match="costs nothing"):
         calibrate_steps(PoissonSampled(Gaussian(1.0), 0.0), epsilon=1.0, delta=1e-5)
     with pytest.raises(UnsupportedEvent):
-        calibrate_steps(
-            TruncatedPoissonSampled(Gaussian(1.0), 0.1, 100, 20), epsilon=1.0, delta=1e-5, accountant="rdp"
-        )
+        calibrate_steps(TruncatedPoissonSampled(Gaussian(1.0), 0.1, 100, 20), epsilon=1.0, delta=1e-5, accountant="rdp")

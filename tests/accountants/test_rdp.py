@@ -88,9 +88,7 @@ def test_refuses_sampling_when_one_is_replaced() -> None:
     with pytest.raises(UnsupportedEvent, match="replace_one"):
         accountant.compose(PoissonSampled(Gaussian(1.0), 0.1))
     accountant.compose(PoissonSampled(Gaussian(1.0), 1.0))
-    assert accountant.epsilon(1e-5) == RdpAccountant(Neighbors.REPLACE_ONE).compose(Gaussian(1.0)).epsilon(
-        1e-5
-    )
+    assert accountant.epsilon(1e-5) == RdpAccountant(Neighbors.REPLACE_ONE).compose(Gaussian(1.0)).epsilon(1e-5)
 
 
 def test_orders_that_do_not_converge_are_left_out_silently(caplog: pytest.LogCaptureFixture) -> None:

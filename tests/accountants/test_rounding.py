@@ -43,12 +43,8 @@ def test_grid_points_stay_where_they_are() -> None:
 
 
 def test_probabilities_are_rounded_up_and_only_when_there_are_many() -> None:
-    mechanisms: dict[Event, int] = {
-        PoissonSampled(Gaussian(1.0 + i / 100), 0.01 + i / 10_000): 1 for i in range(100)
-    }
-    before = sorted(
-        (m.sampling_prob, noise_multiplier(m)) for m in mechanisms if isinstance(m, PoissonSampled)
-    )
+    mechanisms: dict[Event, int] = {PoissonSampled(Gaussian(1.0 + i / 100), 0.01 + i / 10_000): 1 for i in range(100)}
+    before = sorted((m.sampling_prob, noise_multiplier(m)) for m in mechanisms if isinstance(m, PoissonSampled))
     merged = merge_similar(mechanisms, 80)
     after = sorted(
         (m.sampling_prob, noise_multiplier(m))

@@ -89,9 +89,7 @@ def test_displacing_dominates_plain_sampling(neighbors: Neighbors, q: float, z: 
     plain = _gaussian(z, q, 1e-3, neighbors)
     displaced = _gaussian(z / 2, q, 1e-3, Neighbors.REPLACE_ONE)
     for epsilon in np.linspace(-3.0, 6.0, 46):
-        assert displaced.get_delta_for_epsilon(float(epsilon)) >= (
-            plain.get_delta_for_epsilon(float(epsilon)) - 1e-9
-        )
+        assert displaced.get_delta_for_epsilon(float(epsilon)) >= (plain.get_delta_for_epsilon(float(epsilon)) - 1e-9)
 
 
 def test_certain_truncation_and_extreme_sizes() -> None:
