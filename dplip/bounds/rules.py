@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from dplip.errors import NoRuleError
 from dplip.layers import (
     Abs,
+    Affine,
     AffineConv2d,
     AveragePool2d,
     Clamp,
@@ -29,13 +30,10 @@ from dplip.layers import (
     MeanShift,
     Monotone,
     Scale,
-    Shapes,
 )
 from dplip.layers.window import Pair, Window, pair
-from dplip.norms import Norms, OperatorNorms
-from dplip.operator_norm import matrix_norms
 
-__all__ = ["MIXES_EXAMPLES", "Affine", "function_layer", "has_rule", "mixes_examples", "module_layer", "register_rule"]
+__all__ = ["MIXES_EXAMPLES", "function_layer", "has_rule", "mixes_examples", "module_layer", "register_rule"]
 
 Rule = Callable[..., LipschitzLayer]
 _MODULES: dict[type[nn.Module], Rule] = {}
@@ -104,38 +102,6 @@ def function_layer(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """The layer that stands for ``target(x, *args, **kwargs)``, or None where there is no rule."""
     rule = _FUNCTIONS.get(target)
     return None if rule is None else rule(*args, **kwargs)
-
-
-class Affine(LipschitzLayer):
-    """An unconstrained :class:`torch.nn.Linear`: bounds follow its current, already released weight."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2:
-            raise NoRuleError(f"nn.Linear: expected x [B, I], got {tuple(x.shape)}; flatten before it")
-        return F.linear(x, self.weight, self.bias)
-
-    def operator_norms(self, shapes: Shapes) -> OperatorNorms:
-        return matrix_norms(self.weight)
-
-    def param_sensitivity(self, x: Norms, g: Norms, shapes: Shapes) -> dict[str, float]:
-        bounds = {"weight": 0.0 if g.l2 == 0 or x.l2 == 0 else g.l2 * x.l2}
-        return bounds if self.bias is None else bounds | {"bias": g.l2}
-
-    def per_sample_grad(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-        grads = {"weight": g.unsqueeze(2) * x.unsqueeze(1)}
-        return grads if self.bias is None else grads | {"bias": g}
-
-    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        centre = F.linear((lower + upper) / 2, self.weight, self.bias)
-        radius = F.linear((upper - lower) / 2, self.weight.abs())
-        return centre - radius, centre + radius
-
-    def fan_in(self, shapes: Shapes) -> int:
-        return shapes.in_dim + 1
 
 
 def _convolution(module: nn.Conv2d) -> LipschitzLayer:
@@ -230,7 +196,7 @@ _MODULE_RULES: dict[type[nn.Module], Callable[[Any], LipschitzLayer]] = {
     nn.Softplus: lambda m: Monotone(m, 1.0),
     nn.Hardtanh: lambda m: _hardtanh(m),
     nn.Flatten: lambda m: _flatten(m.start_dim, m.end_dim),
-    nn.Linear: Affine,
+    nn.Linear: lambda m: Affine(m.weight, m.bias),
     nn.Conv2d: _convolution,
     nn.MaxPool2d: lambda m: _max_pool(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
     nn.AvgPool2d: lambda m: _average_pool(

@@ -11,7 +11,6 @@ from torch import Tensor
 from dplip.bounds import Graph
 from dplip.bounds.graph import Node
 from dplip.bounds.operations import Apply
-from dplip.bounds.rules import Affine
 from dplip.layers import (
     Flatten,
     LearnedScale,
@@ -23,6 +22,7 @@ from dplip.layers import (
     Scale,
     Shift,
 )
+from dplip.layers.affine import Affine
 from dplip.norms import Norms
 
 __all__ = ["AffineHead", "find_head"]

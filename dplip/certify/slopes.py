@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dplip.bounds.rules import Affine
 from dplip.layers import (
     Abs,
     Clamp,
+    ClippedReLU,
     GroupSort,
     Householder,
     LearnedScale,
@@ -43,6 +43,7 @@ from dplip.layers import (
     Share,
     Shift,
 )
+from dplip.layers.affine import Affine
 
 __all__ = ["Box", "Secants", "layer_secants", "secants", "slope_range"]
 
@@ -103,6 +104,16 @@ def _(layer: Clamp, box: Box | None, shape: tuple[int, ...]) -> Secants:
     lower, upper = box
     inside = (lower >= layer.lower) & (upper <= layer.upper)
     return _pieces(inside, ((lower >= layer.upper) | (upper <= layer.lower)) & ~inside, 1.0)
+
+
+@slope_range.register
+def _(layer: ClippedReLU, box: Box | None, shape: tuple[int, ...]) -> Secants:
+    if box is None:
+        return _constant(0.0, 1.0, shape)
+    lower, upper = box
+    theta = layer._thresholds(lower).detach()
+    inside = (lower >= 0) & (upper <= theta) & (theta > 0)
+    return _pieces(inside, ((upper <= 0) | (lower >= theta) | (theta <= 0)) & ~inside, 1.0)
 
 
 @slope_range.register

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lipschitz layers: each file holds one family with its formula, guarantee and source."""
 
+from dplip.layers.affine import Affine
 from dplip.layers.affine_conv2d import AffineConv2d
 from dplip.layers.average_pool import AveragePool2d
 from dplip.layers.ball_clip import BallClip
 from dplip.layers.base import LipschitzLayer, Shapes
+from dplip.layers.clipped_relu import ClippedReLU
 from dplip.layers.convex_mix import ConvexMix, Share
 from dplip.layers.distance import DistanceLayer
 from dplip.layers.distance_conv2d import DistanceConv2d
@@ -32,10 +34,12 @@ from dplip.layers.temperature import LearnedScale
 
 __all__ = [
     "Abs",
+    "Affine",
     "AffineConv2d",
     "AveragePool2d",
     "BallClip",
     "Clamp",
+    "ClippedReLU",
     "ConvexMix",
     "DistanceConv2d",
     "DistanceLayer",

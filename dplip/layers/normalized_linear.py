@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dplip.aol import aol_factors
 from dplip.errors import ConfigError
-from dplip.layers.base import LipschitzLayer, Shapes
-from dplip.norms import Norms, OperatorNorms
-from dplip.operator_norm import matrix_norms, spectral_bound
+from dplip.layers.affine import Affine
+from dplip.operator_norm import spectral_bound
 
 __all__ = ["BALLS", "PROJECTIONS", "NormalizedLinear", "project_rows_l1_"]
 
@@ -22,7 +20,7 @@ PROJECTIONS = ("scale", "aol")
 _NEAR = 1 + 1e-5  # closer to the ball than this, scaling replaces the almost-orthogonal rescaling
 
 
-class NormalizedLinear(LipschitzLayer):
+class NormalizedLinear(Affine):
     r"""``y = W x + b`` with ``W`` in a ball; ``x`` [B, in_features], ``weight`` [out_features, in_features], ``y``
     [B, out_features].
 
@@ -71,7 +69,6 @@ class NormalizedLinear(LipschitzLayer):
         orthogonalize: int = 0,
         projection: str = "scale",
     ) -> None:
-        super().__init__()
         if in_features < 1 or out_features < 1 or not 0 < max_norm < float("inf"):
             raise ConfigError(
                 "NormalizedLinear: expected positive sizes and max_norm, "
@@ -87,12 +84,11 @@ class NormalizedLinear(LipschitzLayer):
                 f"NormalizedLinear: expected projection in {PROJECTIONS}, and 'aol' with the spectral ball only, "
                 f"got {projection!r} with {ball!r}; fix it"
             )
+        weight = nn.Parameter(torch.empty(out_features, in_features))
+        super().__init__(weight, nn.Parameter(torch.empty(out_features)) if bias else None)
         self.in_features, self.out_features = in_features, out_features
         self.ball, self.max_norm, self.orthogonalize = ball, float(max_norm), orthogonalize
         self.projection = projection
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._norms: tuple[Tensor, OperatorNorms] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -102,34 +98,6 @@ class NormalizedLinear(LipschitzLayer):
         if self.bias is not None:
             self.bias.zero_()
         self.project_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.in_features:
-            raise ValueError(f"NormalizedLinear: expected x [B, {self.in_features}], got {tuple(x.shape)}")
-        return F.linear(x, self.weight, self.bias)
-
-    def operator_norms(self, shapes: Shapes) -> OperatorNorms:
-        # Compared by value, not by version counter: a write through ``.data`` must not leave a stale bound behind.
-        w = self.weight.detach()
-        if self._norms is not None:
-            seen, norms = self._norms
-            if seen.dtype == w.dtype and seen.device == w.device and torch.equal(seen, w):
-                return norms
-        self._norms = (w.clone(), matrix_norms(w))
-        return self._norms[1]
-
-    def param_sensitivity(self, x: Norms, g: Norms, shapes: Shapes) -> dict[str, float]:
-        bounds = {"weight": 0.0 if g.l2 == 0 or x.l2 == 0 else g.l2 * x.l2}
-        return bounds if self.bias is None else bounds | {"bias": g.l2}
-
-    def per_sample_grad(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-        grads = {"weight": g.unsqueeze(2) * x.unsqueeze(1)}
-        return grads if self.bias is None else grads | {"bias": g}
-
-    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        centre = F.linear((lower + upper) / 2, self.weight, self.bias)
-        radius = F.linear((upper - lower) / 2, self.weight.abs())
-        return centre - radius, centre + radius
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -164,9 +132,6 @@ class NormalizedLinear(LipschitzLayer):
     def _scale_into_ball_(self, norm: float) -> None:
         if norm > self.max_norm:
             self.weight.mul_(self.max_norm / norm)
-
-    def fan_in(self, shapes: Shapes) -> int:
-        return self.in_features + 1
 
     def extra_repr(self) -> str:
         return (

@@ -125,8 +125,8 @@ def test_a_rule_holds_for_the_exact_class_only() -> None:
 
 
 def test_linear_takes_one_vector_an_example() -> None:
-    with pytest.raises(NoRuleError, match="flatten before it"):
-        module_layer(nn.Linear(3, 2))(torch.zeros(2, 4, 3))
+    with pytest.raises(NoRuleError, match="flatten it"):
+        trace(nn.Sequential(nn.Linear(3, 2))).evaluate(torch.zeros(2, 4, 3))
 
 
 def test_parametrized_weights_are_refused() -> None:
