@@ -14,6 +14,7 @@ from dplip.errors import ConfigError, DataError, UnsoundCertificate
 from dplip.layers import (
     Abs,
     Clamp,
+    ClippedReLU,
     ConvexMix,
     GroupSort,
     Householder,
@@ -59,6 +60,7 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "abs": Abs,
     "clamp": lambda: Clamp(-0.3, 0.4),
+    "clipped relu": lambda: ClippedReLU(WIDTH, 0.4),
     "spline": lambda: spline("unit"),
     "flat spline": lambda: spline("clamp"),
     "scaled spline": lambda: spline("match", scaled=True, init="absolute_value"),
