@@ -11,6 +11,7 @@ Every loss is a sum over the batch (see :mod:`dplip.losses`) and a mean over the
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 
@@ -51,14 +52,14 @@ class _OneVersusAll(BoundedLoss):
         if len(self.priors) != num_classes:
             raise ConfigError(
                 f"{type(self).__name__}: expected {num_classes} priors for {num_classes} logits, got "
-                f"{len(self.priors)}; "
-                "give one per logit"
+                f"{len(self.priors)}; give one per logit"
             )
         p = torch.tensor(self.priors, dtype=torch.float64)
         return 0.5 / p, 0.5 / (1 - p)
 
+    @abc.abstractmethod
     def _terms(self, signed: Tensor) -> Tensor:
-        raise NotImplementedError
+        """``f`` of the signed logits, entry by entry."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         t = _signs(type(self).__name__, logits, labels)

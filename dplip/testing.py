@@ -72,7 +72,7 @@ class LayerContract:
 
     def make(self) -> LipschitzLayer:
         """A fresh layer."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: expected make() to return a layer; override it")
 
     # Material
 
