@@ -88,11 +88,9 @@ class AdaptiveLogitClip(BoundedLoss):
         sizes = 0 < least <= bound <= most < math.inf and 0 < noise_multiplier < math.inf and 0 < rate < math.inf
         if not sizes or not 0 < quantile < 1 or norm not in ("l1", "l2") or every < 1:
             raise ConfigError(
-                "AdaptiveLogitClip: expected 0 < least <= bound <= most, noise_multiplier and rate > 0, 0 < quantile "
-                "< 1, "
-                f"norm 'l1' or 'l2' and every >= 1, got {least}, {bound}, {most}, {noise_multiplier}, {rate}, "
-                f"{quantile}, "
-                f"{norm!r} and {every}; fix them"
+                "AdaptiveLogitClip: expected 0 < least <= bound <= most, noise_multiplier and rate > 0, "
+                f"0 < quantile < 1, norm 'l1' or 'l2' and every >= 1, got {least}, {bound}, {most}, "
+                f"{noise_multiplier}, {rate}, {quantile}, {norm!r} and {every}; fix them"
             )
         self.loss, self.norm, self.quantile, self.rate = loss, norm, float(quantile), float(rate)
         self.noise_multiplier, self.every = float(noise_multiplier), every
@@ -131,9 +129,8 @@ class AdaptiveLogitClip(BoundedLoss):
         """Note a backward pass: ``within`` of ``rows`` rows were not clipped. Private until released."""
         if self._seen is not None:
             raise PlanError(
-                "AdaptiveLogitClip: expected one backward pass per step, got another; call optimizer.step() after "
-                "each, "
-                "so no example is counted twice"
+                "AdaptiveLogitClip: expected one backward pass per step, got another; call optimizer.step() "
+                "after each, so no example is counted twice"
             )
         self._seen = (within, rows)
 

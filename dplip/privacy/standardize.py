@@ -60,8 +60,7 @@ class PrivateStandardizer:
         if x.ndim != 2 or y.shape != x.shape[:1] or not x.dtype.is_floating_point or x.shape[1] == 0:
             raise DataError(
                 f"standardizer: expected float inputs [N, d] and labels [N], got {tuple(x.shape)} and "
-                f"{tuple(y.shape)}; "
-                "reshape them"
+                f"{tuple(y.shape)}; reshape them"
             )
         if not bool(torch.isfinite(x).all()) or (y.numel() and not bool(((y >= 0) & (y <= 1)).all())):
             raise DataError("standardizer: expected finite inputs and labels in [0, 1], got others; clean the data")
