@@ -148,10 +148,10 @@ def _plan(args: argparse.Namespace) -> None:
 def _certify(args: argparse.Namespace) -> None:
     from dplip.data import load, schema
     from dplip.report import Report
-    from dplip.trainer import certify_run, load_model
+    from dplip.trainer import evaluate, load_model
 
-    config, _ = load_model(args.folder, schema)
-    section = certify_run(args.folder, load(config.data.name, args.data_dir), schema)
+    config, model = load_model(args.folder, schema)
+    section = evaluate(model, config, load(config.data.name, args.data_dir))
     print(json.dumps(section, indent=1))
     if (args.folder / "report.json").is_file():
         same = Report.read(args.folder / "report.json").robustness == section

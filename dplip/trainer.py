@@ -25,7 +25,7 @@ from dplip.privacy import PrivacyPlan
 from dplip.report import Report, privacy_section, robustness_section, versions
 from dplip.session import Session, make_model, prepare
 
-__all__ = ["Observer", "certify_run", "deploy", "load_model", "train"]
+__all__ = ["Observer", "certify_run", "deploy", "evaluate", "load_model", "train"]
 
 CHECKPOINT, MODEL, CONFIG, HISTORY = "checkpoint.pt", "model.safetensors", "config.json", "history.jsonl"
 
