@@ -69,7 +69,7 @@ DOORS = {  # third-party package -> the only files of ours (a file, or a folder 
     "dp_accounting": ("accountants/",),
     "mlflow": ("dplip/interop/mlflow.py",),
     "opacus": ("dplip/interop/opacus.py",),
-    "triton": ("dplip/kernels/",),
+    "triton": ("dplip/kernels/triton/",),
 }
 
 MODULES = sorted(p.relative_to(ROOT) for top in ("accountants", "dplip") for p in (ROOT / top).rglob("*.py"))
@@ -188,7 +188,7 @@ def test_offence_is_seen(path: str, source: str) -> None:
         ("dplip/layers/linear.py", "from .base import LipschitzLayer\nfrom ..norms import Norms"),
         ("dplip/layers/__init__.py", "from . import base"),
         ("dplip/interop/mlflow.py", "import mlflow\nfrom dplip.report import Report"),
-        ("dplip/kernels/distance.py", "import triton"),
+        ("dplip/kernels/triton/distance.py", "import triton"),
         ("dplip/plots.py", "if TYPE_CHECKING:\n    from dplip.report import Report"),
         ("dplip/cli.py", "from dplip import __version__, trainer"),
     ],

@@ -5,7 +5,7 @@ import pytest
 
 from dplip.errors import ConfigError
 from dplip.kernels import dispatch
-from dplip.kernels.dispatch import backends, register, select
+from dplip.kernels.dispatch import backends, register, register_triton, select
 
 
 @pytest.fixture
@@ -50,3 +50,25 @@ def test_register_returns_the_function() -> None:
         return 2 * x
 
     assert register("op", "twice")(twice) is twice
+
+
+@pytest.mark.usefixtures("table")
+def test_triton_runs_on_the_cpu_only_in_its_interpreter_and_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    register_triton("op", "no_such_module", "run")
+    assert backends("op", "cuda")[0] == "fast"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select("op", "cpu")() == "reference"
+    monkeypatch.setenv("DPLIP_KERNELS", "triton")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # imported when first run
+        select("op", "cpu")()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ConfigError, match="op on cpu, got 'triton'"):
+        select("op", "cpu")
+
+
+@pytest.mark.usefixtures("table")
+def test_without_triton_there_is_no_such_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    register_triton("plain", "no_such_module", "run")
+    assert backends("plain", "cuda") == ["reference"]
