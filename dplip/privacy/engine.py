@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from accountants import Accountant, Neighbors, make_accountant
 from dplip.bounds import InputDomain
 from dplip.errors import CheckpointError, DataError, PlanError
-from dplip.layers import LipschitzLayer
 from dplip.losses import BoundedLoss, bounded
 from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource
@@ -190,23 +189,27 @@ class ClipFreeEngine:
                 f"engine: expected a plan for {self.accountant.name} and {self.neighbors.value}, got {plan.accountant} "
                 f"and {plan.neighbors}; create the engine with the plan's"
             )
-        sampler = PoissonSampler(plan, _size(dataset), self.insecure_seed)
+        sampler = self._sampler(plan, _size(dataset))
         loader = PrivateLoader(dataset, sampler, collate)
         proved: BoundedLoss = bounded(loss)
         domain = _default_domain(dataset) if domain is None else domain
         modes = [(m, m.training) for m in module.modules()]
         module.train()
         try:
-            private = self._private_optimizer(module, optimizer, plan, StepSensitivity(module, domain, proved))
+            private = self._private_optimizer(module, optimizer, plan, self._sensitivity(module, domain, proved))
         except Exception:  # leave a refused module as it came
             for part, training in modes:
                 part.training = training
             raise
-        for layer in module.modules():
-            if isinstance(layer, LipschitzLayer):
-                layer.project_()
+        private.project_()
         self.plan, self.optimizer, self.loader = plan, private, loader
         return module, private, loader
+
+    def _sampler(self, plan: PrivacyPlan, size: int) -> PoissonSampler:
+        return PoissonSampler(plan, size, self.insecure_seed)
+
+    def _sensitivity(self, module: nn.Module, domain: InputDomain, loss: BoundedLoss) -> StepSensitivity:
+        return StepSensitivity(module, domain, loss)
 
     def _private_optimizer(
         self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity

@@ -160,6 +160,24 @@ class ClipFreeOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Release one noisy step."""
+        loss, bounds, gradients = self._prepare(closure)
+        tensors = self._with_noise(bounds)
+        step = self.steps_taken
+        self._spend()
+        self._release(gradients, {name: sigma for name, (_, sigma) in tensors.items()})
+        self._refresh_clip(step)
+        self.original_optimizer.step()
+        self.project_()
+        self.guard.start_step()
+        self._noted = {}
+        for hook in self._step_hooks:
+            hook(self)
+        return loss
+
+    def _prepare(
+        self, closure: Callable[[], float] | None
+    ) -> tuple[float | None, dict[str, Tensors], dict[str, Tensor]]:
+        """Everything that may refuse the step: loss, bounds and summed gradients, nothing released."""
         if self.steps_taken >= self.plan.steps:
             raise PlanError(
                 f"step: expected at most {self.plan.steps} steps, got one more; the privacy budget of the plan is spent"
@@ -170,22 +188,20 @@ class ClipFreeOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.guard.require_one_backward()
-        tensors = self._with_noise(self._noted or self.sensitivity.tensors())
-        gradients = [self._summed(p, name, tensors[name][0]) for name, p in self.sensitivity.trainable.items()]
-        step = self.steps_taken
-        self._spend()
-        for (name, p), gradient in zip(self.sensitivity.trainable.items(), gradients, strict=True):
-            p.grad = self.noise.add_(gradient, tensors[name][1]).div_(self.expected_batch_size)
-        self.released_sigma = {name: sigma for name, (_, sigma) in tensors.items()}
-        self._refresh_clip(step)
-        self.original_optimizer.step()
+        bounds = self._noted or self.sensitivity.tensors()
+        gradients = {name: self._summed(p, name, bounds[name]) for name, p in self.sensitivity.trainable.items()}
+        return loss, bounds, gradients
+
+    def _release(self, gradients: dict[str, Tensor], sigma: dict[str, float]) -> None:
+        """Noise and the public divisor; what every ``p.grad`` holds afterwards is public."""
+        for name, p in self.sensitivity.trainable.items():
+            p.grad = self.noise.add_(gradients[name], sigma[name]).div_(self.expected_batch_size)
+        self.released_sigma = sigma
+
+    def project_(self) -> None:
+        """Put every layer's parameters back into their set."""
         for layer in self._projected:
             layer.project_()
-        self.guard.start_step()
-        self._noted = {}
-        for hook in self._step_hooks:
-            hook(self)
-        return loss
 
     @property
     def _adaptive(self) -> AdaptiveLogitClip | None:
