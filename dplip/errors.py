@@ -42,6 +42,10 @@ class UnsoundCertificate(DplipError):
     """A certificate was asked for where its theorem's conditions do not hold."""
 
 
+class IncompatibleModelError(DplipError):
+    """A model cannot be trained by the host library as it is: the result would be wrong, or no gradient exists."""
+
+
 class CheckpointError(DplipError):
     """A checkpoint is damaged, incompatible, or does not belong to the run that loads it."""
 

@@ -68,7 +68,7 @@ TYPES_ONLY = {"dplip.plots": {"dplip.report"}}  # may be named for annotations, 
 DOORS = {  # third-party package -> the only files of ours (a file, or a folder ending in /) that import it
     "dp_accounting": ("accountants/",),
     "mlflow": ("dplip/interop/mlflow.py",),
-    "opacus": ("dplip/interop/opacus.py",),
+    "opacus": ("dplip/interop/opacus/",),
     "triton": ("dplip/kernels/triton/",),
 }
 
