@@ -50,6 +50,10 @@ class CheckpointError(DplipError):
     """A checkpoint is damaged, incompatible, or does not belong to the run that loads it."""
 
 
+class RankError(DplipError):
+    """Processes that train one model together disagree, or one of them failed; raised on all that are left."""
+
+
 def message(where: str, expected: str, got: str, remedy: str) -> str:
     """Returns ``"where: expected X, got Y; do Z"`` on a single line.
 

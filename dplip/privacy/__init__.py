@@ -2,6 +2,7 @@
 """Clip-free DP-SGD: one frozen plan drives sampling, noise and accounting."""
 
 from dplip.privacy.allocation import ALLOCATIONS, Tensors, allocate
+from dplip.privacy.distributed import DistributedClipFreeEngine
 from dplip.privacy.engine import ClipFreeEngine, PublicSizeWarning
 from dplip.privacy.monitor import GradientToNoise, TensorSignal
 from dplip.privacy.noise import NoiseSource
@@ -17,6 +18,7 @@ __all__ = [
     "AdaptiveLogitClip",
     "ClipFreeEngine",
     "ClipFreeOptimizer",
+    "DistributedClipFreeEngine",
     "GradientToNoise",
     "NoiseSource",
     "PoissonSampler",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -209,6 +210,11 @@ class ClipFreeEngine:
         return PoissonSampler(plan, size, self.insecure_seed)
 
     def _sensitivity(self, module: nn.Module, domain: InputDomain, loss: BoundedLoss) -> StepSensitivity:
+        if isinstance(module, DistributedDataParallel) or any(hasattr(p, "full_tensor") for p in module.parameters()):
+            raise PlanError(
+                f"engine: expected a module of one process, got {type(module).__name__} over several; "
+                "use DistributedClipFreeEngine"
+            )
         return StepSensitivity(module, domain, loss)
 
     def _private_optimizer(

@@ -225,8 +225,11 @@ class ClipFreeOptimizer(Optimizer):
         if self.plan.noise_multiplier > 0:
             self.accountant.compose(self.plan.step_event())
 
+    def _gradient(self, p: Tensor) -> Tensor:
+        return torch.zeros_like(p) if p.grad is None else p.grad
+
     def _summed(self, p: Tensor, name: str, tensor: Tensors) -> Tensor:
-        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        gradient = self._gradient(p)
         if not bool(torch.isfinite(gradient).all()):
             raise BoundViolation(
                 f"step: expected a finite gradient for '{name}', got NaN or infinity; nothing was released, "

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Private steps of a model whose parameters are sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+Operator norms and projections are functions of a whole weight, so no shard can compute them. A :class:`Twin` holds the
+whole weights in modules of the same classes and state; bounds are proved and projections taken there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dplip.bounds import InputDomain
+from dplip.errors import PlanError
+from dplip.losses import BoundedLoss
+from dplip.privacy.allocation import Tensors
+from dplip.privacy.distributed_optimizer import DistributedOptimizer
+from dplip.privacy.distributed_ranks import Ranks
+from dplip.privacy.sensitivity import StepSensitivity
+
+__all__ = ["ShardedOptimizer", "ShardedSensitivity", "Twin", "is_sharded", "sum_gradients"]
+
+_STRUCTURE = {"_parameters", "_modules", "_buffers", "_compiled_call_impl"}
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any parameter is a DTensor; does not import DTensor, which takes seconds."""
+    return any(_is_dtensor(p) for p in module.parameters())
+
+
+def _is_dtensor(p: Tensor) -> bool:
+    return hasattr(p, "placements") and hasattr(p, "full_tensor")
+
+
+def sum_gradients(module: nn.Module, ranks: Ranks) -> None:
+    """Make FSDP2 sum gradients over ranks instead of averaging, and check that every entry has one owner.
+
+    Raises:
+        PlanError: a trainable parameter is not sharded once over exactly these ranks (HSDP, tensor parallelism,
+            ignored parameters), or a mixed-precision policy would lower the precision that bounds are proved in.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import Shard
+
+    for name, p in module.named_parameters():
+        if not _is_dtensor(p):
+            if p.requires_grad:
+                raise PlanError(f"engine: expected every trainable parameter sharded, got '{name}' whole; shard it too")
+            continue
+        mesh, placements = cast(Any, p).device_mesh, cast(Any, p).placements
+        if mesh.mesh.flatten().tolist() != ranks.members() or [type(s) for s in placements] != [Shard]:
+            raise PlanError(
+                f"engine: expected '{name}' in one shard per rank over all {ranks.size} ranks, got {placements} over "
+                f"{mesh.mesh.tolist()}; use fully_shard on a one-dimensional mesh, without replication or tensor "
+                "parallelism"
+            )
+    for part in module.modules():
+        if not isinstance(part, FSDPModule):
+            continue
+        policy = part._get_fsdp_state()._mp_policy
+        lowered = [d for d in (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) if d is not None]
+        if any(d != p.dtype for d in lowered for p in part.parameters()):
+            raise PlanError(
+                f"engine: expected full precision, got FSDP's {policy}; bounds are not proved in lower precision"
+            )
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+        part.set_requires_gradient_sync(True)
+
+
+class Twin:
+    """The same modules without sharding: whole weights, shared buffers, mirrored attributes, no hooks.
+
+    Args:
+        module: a module sharded by FSDP2.
+
+    Raises:
+        PlanError: a module has hooks or a ``forward`` of its own, which the twin would not show to the bounds.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._whole: dict[int, nn.Parameter] = {}
+        self._pairs: list[tuple[nn.Module, nn.Module]] = []
+        self._shards: list[tuple[Tensor, nn.Parameter]] = []
+        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.module = self._twin(module, {})
+
+    def _twin(self, module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
+        if id(module) in seen:
+            return seen[id(module)]
+        _refuse_foreign_code(module)
+        kind = type(module)
+        if kind.__name__.startswith("FSDP") and len(kind.__mro__) > 2 and kind.__mro__[1].__name__ == "FSDPModule":
+            kind = kind.__mro__[2]  # fully_shard derives a class from FSDPModule and the module's own
+        twin: nn.Module = object.__new__(kind)
+        seen[id(module)] = twin
+        nn.Module.__init__(twin)
+        self._pairs.append((module, twin))
+        twin._buffers = module._buffers
+        twin._parameters = {n: None if p is None else self._parameter(p) for n, p in module._parameters.items()}
+        twin._modules = {n: None if m is None else self._twin(m, seen) for n, m in module._modules.items()}
+        _mirror(module, twin)
+        return twin
+
+    def _parameter(self, p: nn.Parameter) -> nn.Parameter:
+        if not _is_dtensor(p):
+            return p
+        if id(p) not in self._whole:
+            whole = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), requires_grad=p.requires_grad)
+            self._whole[id(p)] = whole
+            self._shards.append((p, whole))
+        return self._whole[id(p)]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Gather the current weights and state; collective."""
+        for p, whole in self._shards:
+            whole.copy_(cast(Any, p.detach()).full_tensor())
+        for module, twin in self._pairs:
+            _mirror(module, twin)
+
+    @torch.no_grad()
+    def scatter_(self) -> None:
+        """Write this rank's part of the twin's weights into the shards; local."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        for p, whole in self._shards:
+            shard = cast(Any, p.detach())
+            mesh = shard.device_mesh
+            mine = DTensor.from_local(whole.detach(), mesh, [Replicate()], run_check=False).redistribute(
+                placements=shard.placements
+            )
+            shard.to_local().copy_(mine.to_local())
+
+
+def _mirror(module: nn.Module, twin: nn.Module) -> None:
+    for key, value in vars(module).items():
+        if key not in _STRUCTURE and "hooks" not in key and not key.startswith("__composable"):
+            twin.__dict__[key] = value
+
+
+def _refuse_foreign_code(module: nn.Module) -> None:
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    foreign = [h for h in hooks if not _home(h).startswith("torch.distributed")]
+    if foreign or "forward" in vars(module):
+        raise PlanError(
+            f"engine: expected {type(module).__name__} without forward hooks or a replaced forward, got them on a "
+            "sharded module, where bounds cannot see them; remove them"
+        )
+
+
+def _home(hook: Any) -> str:
+    owner = getattr(hook, "__self__", hook)
+    return str(getattr(owner, "__module__", type(owner).__module__))
+
+
+class ShardedSensitivity(StepSensitivity):
+    """:class:`StepSensitivity` of the twin; ``trainable`` are the sharded parameters. Bounds are collective."""
+
+    def __init__(self, twin: Twin, domain: InputDomain, loss: BoundedLoss) -> None:
+        self.twin, self.live = twin, False  # the first bounds are taken on what attach has gathered
+        super().__init__(twin.module, domain, loss)
+        self.trainable = cast("dict[str, nn.Parameter]", twin.trainable)
+
+    def tensors(self) -> dict[str, Tensors]:
+        if self.live:
+            self.twin.refresh()
+        return super().tensors()
+
+
+class ShardedOptimizer(DistributedOptimizer):
+    """Every rank holds a shard of every parameter, of its gradient and of the optimizer's state.
+
+    FSDP2 sums the ranks' gradients in backward (:func:`sum_gradients`); each rank then adds noise of the tensor's
+    standard deviation to the entries it owns, from its own stream seeded by the operating system. Every entry has one
+    owner, so noise is added once, and its joint distribution is that of one process. Bounds and projection gather
+    the whole weights: one all-gather of the model per forward pass and one per step beside FSDP's own.
+    """
+
+    sensitivity: ShardedSensitivity
+    _collective_backward = True
+    _unsynchronised = False
+
+    def project_(self) -> None:
+        if not self.sensitivity.live:  # inside attach, where no rank may wait for another
+            return
+        self.sensitivity.twin.refresh()
+        super().project_()
+        self.sensitivity.twin.scatter_()
+
+    def _check_summed(self) -> None:
+        arrived = {name for name, p in self.sensitivity.trainable.items() if id(p) in self.guard._arrivals}
+        due = {name for name, t in self._noted.items() if t.bound > 0} if self.guard.backward_passes else set()
+        # What FSDP keeps back it would add to a later step, beyond the reach of zero_grad.
+        self._unsynchronised |= not due <= arrived
+        if self._unsynchronised:
+            raise PlanError(
+                "step: expected FSDP to sum every gradient in backward, got gradients kept back; leave "
+                "set_requires_gradient_sync(True) and restart from the last checkpoint"
+            )
+
+    def _gradient(self, p: Tensor) -> Tensor:
+        return torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad)
+
+    def _release(self, gradients: dict[str, Tensor], sigma: dict[str, float]) -> None:
+        from torch.distributed.tensor import DTensor
+
+        for name in sigma:
+            p = self.sensitivity.trainable[name]
+            noisy = self.noise.add_(gradients[name], sigma[name]).div_(self.expected_batch_size)
+            q = cast(Any, p)
+            p.grad = DTensor.from_local(
+                noisy, q.device_mesh, q.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+        self.released_sigma = sigma
+
+
+def _local(t: Tensor) -> Tensor:
+    local: Tensor = cast(Any, t.detach()).to_local()
+    return local
