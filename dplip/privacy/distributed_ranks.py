@@ -56,7 +56,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RankError(
-                f"{what}: expected all {self.size} ranks to take part, got {str(error).splitlines()[0]}; another rank "
+                f"{what}: expected all {self.size} ranks to take part, got {_reason(error)}; another rank "
                 "failed or was killed, restart all from the last checkpoint"
             ) from error
 
@@ -138,3 +138,8 @@ class Ranks:
                 f"{where}: expected the same on every rank, got differences in {differ}; "
                 "run the same script with the same configuration and data on all of them"
             )
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence; Gloo goes on with advice."""
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". This is")[0]

@@ -9,6 +9,7 @@ import pickle
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -38,6 +39,7 @@ def _entry(rank: int, world: int, store: str, answer: Connection, function: Call
     try:
         value: Any = function(rank, *args)
     except Exception as error:
+        traceback.print_exc()
         value = error
     answer.send_bytes(pickle.dumps(value))
     answer.close()

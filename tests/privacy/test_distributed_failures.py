@@ -133,6 +133,11 @@ def test_ranks_that_drift_apart_are_stopped(about: str) -> None:
     assert values(disagrees, "nothing") == [2, 2]
 
 
+class Unreadable(TensorDataset):
+    def __getitem__(self, index: int) -> Any:
+        raise OSError("the disk is gone")
+
+
 def starts_differently(rank: int, what: str) -> None:
     module, data, settings, rate = mixed_net(), dataset(), plan(), 0.1
     if rank == 1:
@@ -143,7 +148,7 @@ def starts_differently(rank: int, what: str) -> None:
         if what == "optimizer":
             rate = 0.2
         if what == "refusal":
-            data = TensorDataset(torch.empty(0, 5), torch.empty(0, dtype=torch.int64))
+            data = Unreadable(*data.tensors)
     optimizer = SGD(module.parameters(), rate)
     DistributedClipFreeEngine().attach(module, optimizer, data, LOSS, settings, DOMAIN)
 
@@ -152,6 +157,12 @@ def starts_differently(rank: int, what: str) -> None:
 def test_ranks_must_start_from_one_configuration(what: str) -> None:
     for answer in run(starts_differently, what):
         assert isinstance(answer, RankError) and what in str(answer)
+
+
+def test_one_rank_that_cannot_start_stops_all() -> None:
+    first, second = run(starts_differently, "refusal")
+    assert isinstance(second, OSError)
+    assert isinstance(first, RankError) and "on rank 1: OSError: the disk is gone" in str(first)
 
 
 def no_sync(rank: int, layout: str) -> list[str]:
@@ -196,21 +207,21 @@ def test_the_engine_for_one_process_refuses_a_module_over_several(layout: str) -
 
 
 def ddp_variants(rank: int) -> list[str]:
-    said = []
     hooked = DistributedDataParallel(mixed_net())
     hooked.register_comm_hook(None, lambda _, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future())
-    elsewhere = DistributedDataParallel(mixed_net(), process_group=dist.new_group([0, 1][::-1]))
+    groups = [dist.new_group([r]) for r in (0, 1)]
+    elsewhere = DistributedDataParallel(mixed_net(), process_group=groups[rank])
+    said = []
     for module in (hooked, elsewhere):
         try:
             DistributedClipFreeEngine().attach(
                 module, SGD(module.parameters(), 0.1), dataset(), LOSS, plan(sampling="poisson"), DOMAIN
             )
-            said.append("attached")
         except PlanError as error:
             said.append(str(error))
     return said
 
 
-def test_a_ddp_hook_of_someone_else_is_refused() -> None:
+def test_a_ddp_module_with_other_ideas_is_refused() -> None:
     for hooked, elsewhere in values(ddp_variants):
-        assert "without a communication hook" in hooked and elsewhere == "attached"
+        assert "without a communication hook" in hooked and "over the engine's process group" in elsewhere
