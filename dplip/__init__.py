@@ -16,6 +16,7 @@ _HOME = {
     "Certificate": "dplip.certify",
     "ClipFreeEngine": "dplip.privacy",
     "CrossEntropy": "dplip.losses",
+    "DistributedClipFreeEngine": "dplip.privacy",
     "InputDomain": "dplip.bounds",
     "LipschitzLayer": "dplip.layers",
     "LogitGradientClip": "dplip.losses",

@@ -84,83 +84,81 @@ def train(
     return record | {"weights": whole_weights(module), "state": engine.state_dict()}
 
 
-def make_loss(adaptive: bool) -> nn.Module:
-    return AdaptiveLogitClip(CrossEntropy(4.0), 0.9, norm="l2", every=2) if adaptive else CrossEntropy(4.0)
+QUIET, NOISY = (plan(noise_multiplier=z, population=41, sampling_prob=0.3) for z in (0.0, 0.7))
+RUNS = {
+    "quiet": (QUIET, False),
+    "noisy": (NOISY, False),
+    "quiet quantile": (QUIET, True),
+    "noisy quantile": (NOISY, True),
+}
 
 
-def train_ranks(rank: int, layout: str, settings: PrivacyPlan, adaptive: bool) -> dict[str, Any]:
-    loss = make_loss(adaptive)
-    engine = DistributedClipFreeEngine(insecure_seed=5)
-    record = train(engine, laid_out(mixed_net(), layout), loss, settings, None)
-    return record | {"bound": loss.bound if isinstance(loss, AdaptiveLogitClip) else None}
+def once(engine: ClipFreeEngine, layout: str, name: str, batches: list[Tensor] | None = None) -> dict[str, Any]:
+    settings, adaptive = RUNS[name]
+    loss = AdaptiveLogitClip(CrossEntropy(4.0), 0.9, norm="l2", every=2) if adaptive else CrossEntropy(4.0)
+    record = train(engine, laid_out(mixed_net(), layout), loss, settings, batches)
+    return record | {"bound": loss.bound if adaptive else None}
 
 
-def union(records: list[dict[str, Any]]) -> list[Tensor]:
+def train_ranks(rank: int, layout: str) -> dict[str, dict[str, Any]]:
+    return {name: once(DistributedClipFreeEngine(insecure_seed=5), layout, name) for name in RUNS}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def runs(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, dict[str, Any]]]]:
+    """What both ranks did in each of :data:`RUNS`, in one layout."""
+    return request.param, values(train_ranks, request.param)
+
+
+def alone(records: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """One process on the union of the ranks' batches."""
     drawn = [torch.cat([r["drawn"][step] for r in records]) for step in range(STEPS)]
     assert all(len(index) == len(index.unique()) for index in drawn)
-    return [index.sort()[0] for index in drawn]
+    return once(ClipFreeEngine(insecure_seed=5), "plain", name, [index.sort()[0] for index in drawn])
 
 
-def alone(records: list[dict[str, Any]], settings: PrivacyPlan, adaptive: bool = False) -> dict[str, Any]:
-    loss = make_loss(adaptive)
-    record = train(ClipFreeEngine(insecure_seed=5), mixed_net(), loss, settings, union(records))
-    return record | {"bound": loss.bound if isinstance(loss, AdaptiveLogitClip) else None}
-
-
-def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_noise_two_processes_reach_the_weights_of_one(layout: str) -> None:
-    settings = plan(noise_multiplier=0.0, population=41, sampling_prob=0.3)
-    records = values(train_ranks, layout, settings, False)
-    one = alone(records, settings)
-    assert_close(records[0]["weights"], one["weights"])
-    assert all(torch.equal(records[0]["weights"][n], records[1]["weights"][n]) for n in one["weights"])
-    assert records[0]["state"] == records[1]["state"] == one["state"]
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_reach_the_weights_of_one(runs: tuple[str, list[dict[str, Any]]], name: str) -> None:
+    layout, everything = runs
+    first, second = records = [by_name[name] for by_name in everything]
+    one = alone(records, name)
+    assert all(torch.equal(first["weights"][n], second["weights"][n]) for n in one["weights"])
+    assert first["bound"] == second["bound"] and first["sigma"] == second["sigma"]
+    if layout != "fsdp2" or name.startswith("quiet"):  # rank 0 draws the one-process noise, so noisy weights agree too
+        assert_close(first["weights"], one["weights"])
+        if one["bound"] is not None:
+            assert first["bound"] == pytest.approx(one["bound"], rel=1e-12) and one["bound"] != 0.9
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_with_noise_ledger_and_scales_are_those_of_one_process(layout: str) -> None:
-    settings = plan(noise_multiplier=0.7, population=41, sampling_prob=0.3)
-    records = values(train_ranks, layout, settings, False)
-    one = alone(records, settings)
-    assert records[0]["state"] == records[1]["state"] == one["state"]
-    assert records[0]["state"]["steps_taken"] == STEPS
-    assert records[0]["sigma"] == records[1]["sigma"] and records[0]["sigma"][0] == one["sigma"][0]
-    assert all(torch.equal(records[0]["weights"][n], records[1]["weights"][n]) for n in one["weights"])
-    if layout != "fsdp2":  # rank 0 draws the one-process noise, so even noisy weights agree
-        assert_close(records[0]["weights"], one["weights"])
+@pytest.mark.parametrize("name", RUNS)
+def test_ledger_scales_and_epsilon_are_those_of_one_process(runs: tuple[str, list[dict[str, Any]]], name: str) -> None:
+    first, second = records = [by_name[name] for by_name in runs[1]]
+    one = alone(records, name)
+    assert first["state"] == second["state"] == one["state"] and first["state"]["steps_taken"] == STEPS
+    assert first["sigma"][0] == one["sigma"][0]
+    engine, module = ClipFreeEngine(), mixed_net()
+    engine.attach(module, SGD(module.parameters(), 0.1), dataset(), CrossEntropy(), RUNS[name][0], DOMAIN)
+    engine.load_state_dict(second["state"])
+    assert engine.get_epsilon() == RUNS[name][0].epsilon(STEPS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_clip_quantile_counts_the_union(layout: str) -> None:
-    settings = plan(noise_multiplier=0.0 if layout == "fsdp2" else 0.7, population=41, sampling_prob=0.3)
-    records = values(train_ranks, layout, settings, True)
-    one = alone(records, settings, True)
-    assert records[0]["bound"] == records[1]["bound"] == pytest.approx(one["bound"], rel=1e-12)
-    assert one["bound"] != 0.9
-    assert_close(records[0]["weights"], one["weights"])
-
-
-def epsilon_of_ranks(rank: int) -> float:
+def steps_without_batches(rank: int) -> int:
     module = mixed_net()
-    engine = DistributedClipFreeEngine(accountant="rdp")
-    _, private, _ = engine.attach(
-        module, SGD(module.parameters(), 0.1), dataset(), CrossEntropy(), plan(accountant="rdp"), DOMAIN
-    )
-    for _ in range(3):  # a loop that skips its batches releases and spends all the same
+    engine = DistributedClipFreeEngine()
+    _, private, _ = engine.attach(module, SGD(module.parameters(), 0.1), dataset(), CrossEntropy(), plan(), DOMAIN)
+    for _ in range(3):
         private.step()
-    return engine.get_epsilon()
+    return engine.accountant.ledger[0][1]
 
 
-def test_epsilon_is_that_of_one_process() -> None:
-    assert values(epsilon_of_ranks) == [plan(accountant="rdp").epsilon(3)] * 2
+def test_a_loop_without_batches_spends_all_the_same() -> None:
+    assert values(steps_without_batches) == [3, 3]
 
 
 WIDE = 2000
