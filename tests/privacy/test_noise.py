@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Noise is normal, its own, never repeated, and as wide in the tails as the proof says."""
 
+import copy
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from dplip.errors import PlanError
+from dplip.privacy import normals
 from dplip.privacy.noise import NoiseSource, derived_seed, fresh_seed, host_stream
+from dplip.privacy.normals import Normals
 
 
 def draw(source: NoiseSource, n: int = 64, sigma: float = 1.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -132,6 +140,66 @@ def test_sigma_zero_changes_nothing() -> None:
     tensor = torch.randn(5)
     before = tensor.clone()
     assert torch.equal(NoiseSource().add_(tensor, 0.0), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_release_is_one_draw_over_all_tensors_with_each_its_own_deviation(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(normals, "_PAIRS", 50)  # blocks end inside tensors and tensors inside blocks
+    shapes = [(3, 5), (), (0,), (40, 11), (1,), (7, 9, 2)]
+    sums = [torch.rand(shape, dtype=dtype) for shape in shapes]
+    sums[3] = torch.rand(11, 40, dtype=dtype).T  # not contiguous
+    sigmas = [0.5, 2.0, 1.0, 3.0, 0.0, 4.0]
+    before = [s.double().clone() for s in sums]
+    NoiseSource(insecure_seed=8).release_(sums, sigmas, 7.0)
+    n = sum(s.numel() for s, sigma in zip(sums, sigmas, strict=True) if sigma)
+    flat = Normals(derived_seed(8, "noise", 0)).fill_(torch.empty(n, dtype=torch.float64))
+    start = 0
+    for got, was, sigma in zip(sums, before, sigmas, strict=True):
+        end = start + (got.numel() if sigma else 0)
+        noise = flat[start:end].view(got.shape) if sigma else torch.zeros(got.shape)
+        torch.testing.assert_close(got, ((was + sigma * noise) / 7).to(dtype), rtol=1e-6, atol=0)
+        start = end
+
+
+def test_release_refuses_before_it_changes_anything() -> None:
+    sums = [torch.ones(3), torch.ones(3, dtype=torch.bfloat16)]
+    with pytest.raises(PlanError, match="float32"):
+        NoiseSource().release_(sums, [1.0, 1.0])
+    assert bool((sums[0] == 1).all())
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_draw_noise_of_their_own(clone: Callable[[NoiseSource], NoiseSource]) -> None:
+    source = NoiseSource()
+    draw(source)
+    other = clone(source)
+    values = torch.cat([draw(source), draw(other), draw(clone(source)), draw(source), draw(other)])
+    assert values.unique().numel() == values.numel()
+    fixed = NoiseSource(insecure_seed=3)
+    assert torch.equal(draw(clone(fixed)), draw(fixed))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_processes_draw_noise_of_their_own() -> None:
+    source = NoiseSource()
+    draw(source)
+    drawn = []
+    for _ in range(2):
+        reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's threads are idle here
+            child = os.fork()
+        if child == 0:
+            os.write(writer, draw(source).numpy().tobytes())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            drawn.append(torch.from_numpy(np.frombuffer(pipe.read(), np.float64).copy()))
+        os.waitpid(child, 0)
+    values = torch.cat([*drawn, draw(source)])
+    assert values.numel() == 3 * 64 and values.unique().numel() == values.numel()
 
 
 @pytest.mark.gpu

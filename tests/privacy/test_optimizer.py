@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One private step is one Gaussian release followed by the inner optimizer's own step."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -156,10 +157,10 @@ def test_step_is_spent_before_noise_leaves(monkeypatch: pytest.MonkeyPatch) -> N
     module = net()
     engine, optimizer = attach(module)
 
-    def interrupted(tensor: Tensor, sigma: float) -> Tensor:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimizer.noise, "add_", interrupted)
+    monkeypatch.setattr(optimizer.noise, "release_", interrupted)
     backward(module, *batch())
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
@@ -256,6 +257,40 @@ def test_gradient_that_is_not_finite_is_refused(bad: float) -> None:
     assert same(before, weights(module)) and engine.accountant.steps == 0
 
 
+def test_gradient_whose_sum_overflows_is_finite() -> None:
+    module = net()
+    engine, optimizer = attach(module)
+    backward(module, *batch())
+    module[0].weight.grad.fill_(3e38)
+    optimizer.step()
+    assert engine.accountant.steps == 1
+
+
+def test_interrupted_release_is_counted_and_its_noise_never_drawn_again() -> None:
+    """After a failure in the middle of the noise, the next step draws what no earlier attempt has drawn."""
+    module = nn.Sequential(LinfDistance(DIM, 300), LinfDistance(300, 200))
+    engine, optimizer = attach(module, optimizer=SGD(module.parameters(), 0.0))
+    seen: list[Tensor] = []
+    draw = optimizer.noise._draw
+
+    def watched(n: int, device: torch.device, stop: bool) -> Any:
+        for offset, block in draw(n, device):
+            seen.append(block.clone())
+            if stop:
+                raise KeyboardInterrupt
+            yield offset, block
+
+    for stop in (True, False, True, False):
+        optimizer.zero_grad()
+        backward(module, *batch())
+        optimizer.noise._draw = lambda n, device, stop=stop: watched(n, device, stop)  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+            optimizer.step()
+    assert engine.accountant.steps == 4 == optimizer.steps_taken
+    values = torch.cat(seen)
+    assert len(seen) == 6 and values.unique().numel() == values.numel()
+
+
 class SideDoor(nn.Module):
     """Computes something from a parameter on which its output does not depend."""
 
@@ -291,13 +326,13 @@ def test_noise_fits_the_layer_that_made_the_gradient() -> None:
     module[0].p = 2.0
     assert optimizer.tensors()["0.weight"][1] < wide
     seen: list[float] = []
-    add = optimizer.noise.add_
+    release = optimizer.noise.release_
 
-    def spy(tensor: Tensor, sigma: float) -> Tensor:
-        seen.append(sigma)
-        return add(tensor, sigma)
+    def spy(sums: Sequence[Tensor], sigmas: Sequence[float], divisor: float = 1.0) -> None:
+        seen.extend(sigmas)
+        release(sums, sigmas, divisor)
 
-    optimizer.noise.add_ = spy  # type: ignore[method-assign]
+    optimizer.noise.release_ = spy  # type: ignore[method-assign]
     optimizer.step()
     assert seen == [wide, wide]
     optimizer.zero_grad()
