@@ -196,8 +196,8 @@ class ClipFreeOptimizer(Optimizer):
     def _release(self, gradients: dict[str, Tensor], sigma: dict[str, float]) -> None:
         """Noise and the public divisor; what every ``p.grad`` holds afterwards is public."""
         self.noise.release_(list(gradients.values()), [sigma[name] for name in gradients], self.expected_batch_size)
-        for name, p in self.sensitivity.trainable.items():
-            p.grad = gradients[name]
+        for name, noisy in gradients.items():
+            self.sensitivity.trainable[name].grad = noisy
         self.released_sigma = sigma
 
     def project_(self) -> None:
