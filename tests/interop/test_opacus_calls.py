@@ -254,8 +254,10 @@ def test_exactly_the_classes_found_are_registered(monkeypatch):
 
 
 def test_preparing_twice_changes_nothing():
-    model = prepare(prepare(nn.Sequential(LinfDistance(6, 4))))
-    assert len(model[0]._forward_pre_hooks) == 1
+    model = prepare(nn.Sequential(LinfDistance(6, 4)))
+    hooks = [*model[0]._forward_pre_hooks.values(), *model[0]._forward_hooks.values()]
+    prepare(model)
+    assert [*model[0]._forward_pre_hooks.values(), *model[0]._forward_hooks.values()] == hooks
     assert [name for name, _ in model.named_buffers()] == ["0._one"]
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
 
@@ -371,3 +373,66 @@ def test_shared_parameters_are_exact_or_refused():
     host = prepare_module(prepare(model), "ghost", loss_reduction="sum")
     with pytest.raises(IncompatibleModelError, match=r"shared by \['first', 'second'\].*'hooks'"):
         host(x)
+
+
+class Remembers(LipschitzLayer):
+    """Trains a bias and keeps a running mean: Opacus refuses it for its buffer."""
+
+    def __init__(self, through_data: bool = False) -> None:
+        super().__init__()
+        self.bias, self.through_data = nn.Parameter(torch.zeros(6)), through_data
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        if self.through_data:
+            self.mean.data.add_(1)
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x + self.bias
+
+    def operator_norms(self, shapes):
+        return OperatorNorms.uniform(1.0)
+
+    def per_sample_grad(self, x, g):
+        return {"bias": g}
+
+
+class Counter(nn.Module):
+    """Trains nothing, so Opacus overlooks its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return x
+
+
+@pytest.mark.parametrize("layer", [Remembers(), Remembers(through_data=True), Counter()])
+def test_buffers_that_a_pass_changes_are_refused_at_the_first(layer):
+    host = prepare_module(prepare(nn.Sequential(nn.Linear(6, 6), layer)), "hooks")
+    with pytest.raises(IncompatibleModelError, match=r"(mean|passes).*private data without noise"):
+        host(torch.ones(2, 6))
+
+
+def test_buffers_that_change_later_are_refused_too():
+    class Sleeper(Counter):
+        def forward(self, x):
+            return super().forward(x) if len(x) > 2 else x
+
+    host = prepare_module(prepare(nn.Sequential(nn.Linear(6, 6), Sleeper())), "hooks")
+    host(torch.ones(2, 6)).sum().backward()
+    with pytest.raises(IncompatibleModelError, match="passes"):
+        host(torch.ones(3, 6))
+
+
+def test_buffers_may_change_outside_forward():
+    model = prepare(nn.Sequential(StochasticSortLinear(6, 4, 0.5)))
+    host = prepare_module(model, "hooks")
+    for _ in range(3):
+        host.zero_grad()
+        host(torch.ones(2, 6)).sum().backward()
+        advance_masks(model)
+    model.eval()
+    host(torch.ones(2, 6))

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from dplip.errors import IncompatibleModelError
 from dplip.interop.opacus.calls import recall, record
+from dplip.interop.opacus.constants import watch
 from dplip.interop.opacus.findings import refusals
 from dplip.interop.opacus.norms import norm_rule
 from dplip.layers import Affine, AffineConv2d, LipschitzLayer
@@ -38,8 +39,8 @@ def prepare(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     :class:`Affine` and :class:`AffineConv2d` layers only. Everything else is refused at the first forward call at the
     latest, before any gradient is formed.
 
-    Opacus refuses every trainable layer that has buffers, for fear of statistics of private data. Ours are constants,
-    so marked layers answer that question with none; :func:`dplip.interop.opacus.validate` checks that they stay so.
+    Opacus refuses every trainable layer that has buffers, for fear of statistics of private data. Marked layers answer
+    that question with none, and instead every training pass checks that it leaves all buffers of the model alone.
 
     Args:
         model: any module; torch's own layers are Opacus' business.
@@ -64,6 +65,7 @@ def prepare(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         if not _is_prepared(layer):
             layer.register_forward_pre_hook(_before_forward, with_kwargs=True)
             layer.buffers = _no_buffers
+    watch(model)
     if optimizer is not None:
         inner = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
         inner.register_step_post_hook(partial(_project, model))
