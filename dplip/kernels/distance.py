@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocking and gathering shared by the distance operators."""
+"""Checks, blocking and gathering shared by the distance operators."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "check_operands", "gather_signs"]
+__all__ = ["blocks", "check_operands", "gather_signs", "row_blocks", "tiles", "wide"]
 
 _BLOCK_ELEMENTS = 1 << 22  # 16 MiB of float32: stays near the last-level cache of a small CPU
+_TILE_ELEMENTS = 1 << 18  # 1 MiB of float32: stays in a core's own cache
 
 
 def check_operands(operator: str, x: Tensor, w: Tensor) -> None:
@@ -25,12 +26,29 @@ def check_operands(operator: str, x: Tensor, w: Tensor) -> None:
         raise ValueError(f"{operator}: expected one device, got x on {x.device} and w on {w.device}")
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a distance operator's results: float32 for float16 and bfloat16 operands, else their own."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_blocks(rows: int, row_elements: int, elements: int) -> Iterator[slice]:
+    """Slices of ``range(rows)`` of at most ``elements`` elements, or of one row."""
+    step = max(1, elements // max(1, row_elements))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
 def blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield ``(rows, t)`` with ``t = x[rows, None, :] - w`` [b, O, I], so memory stays O(b O I)."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, w.numel()))
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, min(start + step, x.shape[0]))
+    for rows in row_blocks(len(x), w.numel(), _BLOCK_ELEMENTS):
         yield rows, x[rows, None, :] - w[None]
+
+
+def tiles(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """As :func:`blocks`, in one buffer of the size of a core's cache: ``t`` is overwritten by the next one."""
+    buffer = x.new_empty(min(len(x), max(1, _TILE_ELEMENTS // max(1, w.numel()))), *w.shape)
+    for rows in row_blocks(len(x), w.numel(), _TILE_ELEMENTS):
+        yield rows, torch.sub(x[rows, None, :], w, out=buffer[: rows.stop - rows.start])
 
 
 def gather_signs(x: Tensor, w: Tensor, index: Tensor) -> Tensor:

@@ -6,6 +6,10 @@ Neural Networks with L-inf-dist Neurons, ICML 2021); geometric ``c`` is the sort
 Wang: Rethinking Lipschitz Neural Networks and Certified Robustness: A Boolean Function Perspective, NeurIPS
 2022). Only the ``K = len(c)`` largest entries are kept, each with its own index: at a tie exactly one
 index is credited per order statistic, so a row of the Jacobian is always a signed permutation of ``c``.
+
+Each raw operator ``dplip::*`` below is a plain function on tensors, without autograd, that runs the backend of
+:mod:`dplip.kernels.dispatch`. Results are float32 for float16 and bfloat16 operands, ``c`` and ``dy`` too. The lowest
+index is credited at a tie for ``K = 1``; for ``K > 1`` indices are distinct and in descending order of value.
 """
 
 from __future__ import annotations
@@ -14,107 +18,279 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dplip.kernels.dispatch import register, select
-from dplip.kernels.distance import blocks, check_operands, gather_signs
+from dplip.kernels.distance import blocks, check_operands, gather_signs, row_blocks, tiles, wide
+from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
+from dplip.kernels.largest import largest, largest_reference
 
 __all__ = [
+    "check_weights",
     "order_statistic",
+    "order_statistic_ghost_norm",
     "order_statistic_indices",
-    "order_statistic_interval",
     "order_statistic_reference",
+    "order_statistic_weight_grad",
 ]
+
+_SCATTER_ELEMENTS = 1 << 21
+_NO_INDEX = 0  # elements of the index where none was asked for
+
+
+@register("order_statistic", "blocked", frozenset({"cpu"}))
+def _blocked(x: Tensor, w: Tensor, c: Tensor, with_index: bool) -> tuple[Tensor, Tensor]:
+    return _forward(x, w, c, with_index, fast=True)
 
 
 @register("order_statistic", "reference")
-def order_statistic_reference(x: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def order_statistic_reference(x: Tensor, w: Tensor, c: Tensor, with_index: bool = True) -> tuple[Tensor, Tensor]:
     """Values [B, O] and the int32 indices [B, O, K] of the K largest ``|x - w|``, in descending order."""
-    k = len(c)
-    y = x.new_empty(x.shape[0], w.shape[0])
-    index = torch.empty(*y.shape, k, dtype=torch.int32, device=x.device)
-    for rows, t in blocks(x, w):
-        value, at = _largest(t.abs_(), k)
-        y[rows], index[rows] = value @ c, at.to(torch.int32)
+    return _forward(x, w, c, with_index, fast=False)
+
+
+def _forward(x: Tensor, w: Tensor, c: Tensor, with_index: bool, fast: bool) -> tuple[Tensor, Tensor]:
+    x, w, k = x.to(wide(x.dtype)), w.to(wide(w.dtype)), len(c)
+    y = x.new_empty(len(x), len(w))
+    index = torch.empty((*y.shape, k) if with_index else _NO_INDEX, dtype=torch.int32, device=x.device)
+    for rows, t in (tiles if fast else blocks)(x, w):
+        value, at = largest(t.abs_(), k, with_index) if fast else largest_reference(t.abs_(), k)
+        y[rows] = value @ c if k > 1 else value[..., 0] * c
+        if with_index:
+            index[rows] = at.to(torch.int32)
     return y, index
 
 
-def _largest(t: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest entries of non-negative ``t`` along the last axis, descending, with distinct indices.
-
-    ``t`` is overwritten. Repeated maxima beat a partial sort on the CPU while ``k`` is small.
-    """
-    if k > 8:
-        return t.topk(k, dim=-1, sorted=True)
-    values, indices = [], []
-    for _ in range(k):
-        value, at = t.max(-1, keepdim=True)
-        values.append(value)
-        indices.append(at)
-        if len(values) < k:
-            t.scatter_(-1, at, -1.0)
-    return torch.cat(values, -1), torch.cat(indices, -1)
+def _signed(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
+    """``dy_bo`` times the entries of the row of the Jacobian in x: [B, O, K]."""
+    return gather_signs(x, w, index).to(c.dtype) * c * dy.unsqueeze(-1)
 
 
-def order_statistic_indices(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
-    """The credited coordinates [B, O, K] (int64): where the K largest ``|x_b - w_o|`` sit."""
-    check_operands("order_statistic", x, w)
-    with torch.no_grad():
-        index: Tensor = select("order_statistic", x.device.type)(x, w, c)[1]
-    return index.long()
+@register("order_statistic_backward", "reference")
+def _backward_reference(
+    x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor, need_x: bool, need_w: bool
+) -> tuple[Tensor, Tensor]:
+    """``dx`` [B, I] and ``dw`` [O, I]. On the CPU, each entry is summed in the order of examples and of outputs."""
+    dx = c.new_zeros(x.shape if need_x else 0)
+    dw = c.new_zeros(w.shape if need_w else 0)
+    for rows in row_blocks(len(x), len(w) * len(c), _SCATTER_ELEMENTS):
+        at = index[rows].long()
+        s = _signed(x[rows], w, c, at, dy[rows])
+        if need_x:
+            dx[rows].scatter_add_(1, at.flatten(1), s.flatten(1))
+        if need_w:
+            dw.scatter_add_(1, at.transpose(0, 1).flatten(1), s.neg_().transpose(0, 1).flatten(1))
+    return dx, dw
 
 
-def order_statistic_interval(lower: Tensor, upper: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact range of every neuron over the box ``lower <= x <= upper``.
+@register("order_statistic_weight_grad", "reference")
+def _weight_grad_reference(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
+    at = index.long()
+    return c.new_zeros(len(x), *w.shape).scatter_(2, at, _signed(x, w, c, at, dy).neg_())
 
-    ``|x_i - w_i|`` ranges over ``[max(l_i - w_i, w_i - u_i, 0), max(|l_i - w_i|, |u_i - w_i|)]``
-    independently per coordinate, and order statistics are monotone in every coordinate.
-    """
-    check_operands("order_statistic_interval", lower, w)
-    check_operands("order_statistic_interval", upper, w)
-    low, high = lower.new_empty(lower.shape[0], w.shape[0]), upper.new_empty(upper.shape[0], w.shape[0])
-    for (rows, below), (_, above) in zip(blocks(lower, w), blocks(upper, w), strict=True):
-        low[rows] = _largest(torch.maximum(below, -above).clamp_min_(0), len(c))[0] @ c
-        high[rows] = _largest(torch.maximum(below.abs_(), above.abs_()), len(c))[0] @ c
-    return low, high
+
+@register("order_statistic_ghost_norm", "reference")
+def _ghost_norm_reference(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
+    norm = c.new_empty(len(x))
+    for rows in row_blocks(len(x), len(w) * len(c), _SCATTER_ELEMENTS):
+        s = _signed(x[rows], w, c, index[rows].long(), dy[rows])
+        norm[rows] = torch.linalg.vector_norm(s.flatten(1), dim=1)
+    return norm
+
+
+@torch.library.custom_op("dplip::order_statistic", mutates_args=())
+def _forward_op(x: Tensor, w: Tensor, c: Tensor, with_index: bool) -> tuple[Tensor, Tensor]:
+    y, index = select("order_statistic", x.device.type)(x, w, c, with_index)
+    return y, index
+
+
+@_forward_op.register_fake
+def _(x: Tensor, w: Tensor, c: Tensor, with_index: bool) -> tuple[Tensor, Tensor]:
+    b, o = x.shape[0], w.shape[0]
+    shape = (b, o, c.shape[0]) if with_index else (_NO_INDEX,)
+    return c.new_empty(b, o), x.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("dplip::order_statistic_backward", mutates_args=())
+def _backward_op(
+    x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor, need_x: bool, need_w: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dw = select("order_statistic_backward", x.device.type)(x, w, c, index, dy, need_x, need_w)
+    return dx, dw
+
+
+@_backward_op.register_fake
+def _(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+    return c.new_empty(x.shape if need_x else (0,)), c.new_empty(w.shape if need_w else (0,))
+
+
+@torch.library.custom_op("dplip::order_statistic_weight_grad", mutates_args=())
+def _weight_grad_op(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
+    grad: Tensor = select("order_statistic_weight_grad", x.device.type)(x, w, c, index, dy)
+    return grad
+
+
+@_weight_grad_op.register_fake
+def _(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
+    return c.new_empty(x.shape[0], *w.shape)
+
+
+@torch.library.custom_op("dplip::order_statistic_ghost_norm", mutates_args=())
+def _ghost_norm_op(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
+    norm: Tensor = select("order_statistic_ghost_norm", x.device.type)(x, w, c, index, dy)
+    return norm
+
+
+@_ghost_norm_op.register_fake
+def _(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
+    return c.new_empty(x.shape[0])
 
 
 class _OrderStatistic(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, c: Tensor) -> Tensor:
-        y, index = select("order_statistic", x.device.type)(x, w, c)
-        ctx.save_for_backward(x, w, c, index)
-        return y
+    def forward(x: Tensor, w: Tensor, c: Tensor, with_index: bool) -> tuple[Tensor, Tensor]:
+        y, index = _forward_op(x, w, c, with_index)
+        return y, index
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, w, c, saved = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, w, c, ctx.with_index = inputs
+        ctx.save_for_backward(x, w, c, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, w, c, index = ctx.saved_tensors
+        if not ctx.with_index:
+            index = _OrderStatistic.apply(x, w, c, True)[1]
         need_x, need_w = ctx.needs_input_grad[:2]
-        dx, dw = torch.zeros_like(x) if need_x else None, torch.zeros_like(w) if need_w else None
-        step = max(1, (1 << 21) // max(1, w.shape[0] * len(c)))
-        rows = (torch.arange(w.shape[0], device=w.device) * w.shape[1])[None, :, None]
-        for start in range(0, x.shape[0], step):
-            part = slice(start, start + step)
-            index = saved[part].long()
-            s = gather_signs(x[part], w, index) * c * dy[part, :, None]
-            if dx is not None:
-                dx[part].scatter_add_(1, index.flatten(1), s.flatten(1))
-            if dw is not None:
-                dw.view(-1).index_add_(0, (index + rows).reshape(-1), s.reshape(-1), alpha=-1)
-        return dx, dw, None
+        dx, dw = _Backward.apply(x, w, c, index, dy, need_x, need_w)
+        return dx.to(x.dtype) if need_x else None, dw.to(w.dtype) if need_w else None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, c: Tensor, with_index: bool
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]:
+        n, (of_x, of_w, of_c, _) = info.batch_size, in_dims
+        if of_c is not None or (of_x is not None and of_w is not None):
+            return sample_by_sample(_OrderStatistic.apply, n, in_dims, (x, w, c, with_index))
+        axis = 0 if of_w is None else 1
+        operands = (fold(x, of_x, n), w) if of_w is None else (x, fold(w, of_w, n))
+        y, index = _OrderStatistic.apply(*operands, c, with_index)
+        if with_index:
+            return (unfold(y, n, axis), unfold(index, n, axis)), (axis, axis)
+        return (unfold(y, n, axis), index), (axis, None)
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor, need_x: bool, need_w: bool
+    ) -> tuple[Tensor, Tensor]:
+        dx, dw = _backward_op(x, w, c, index, dy.to(c.dtype), need_x, need_w)
+        return dx, dw
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        refuse_second_derivative("order_statistic")
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        w: Tensor,
+        c: Tensor,
+        index: Tensor,
+        dy: Tensor,
+        need_x: bool,
+        need_w: bool,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]:
+        n, arguments = info.batch_size, (x, w, c, index, dy, need_x, need_w)
+        if in_dims[1] is not None or in_dims[2] is not None:
+            return sample_by_sample(_Backward.apply, n, in_dims, arguments)
+        folded = [fold(v, d, n) for v, d in ((x, in_dims[0]), (index, in_dims[3]), (dy, in_dims[4]))]
+        one_each = len(folded[0]) == n
+        if need_w and not one_each:
+            return sample_by_sample(_Backward.apply, n, in_dims, arguments)
+        dx, dw = _Backward.apply(folded[0], w, c, *folded[1:], need_x, False)
+        if need_w:  # of one example each: the per-example gradient
+            dw = _WeightGrad.apply(folded[0], w, c, *folded[1:])
+        return (unfold(dx, n) if need_x else dx, dw), (0 if need_x else None, 0 if need_w else None)
+
+
+class _WeightGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
+        grad: Tensor = _weight_grad_op(x, w, c, index, dy.to(c.dtype))
+        return grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        refuse_second_derivative("order_statistic")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor
+    ) -> tuple[Tensor, int]:
+        n = info.batch_size
+        if in_dims[1] is not None or in_dims[2] is not None:
+            return sample_by_sample(_WeightGrad.apply, n, in_dims, (x, w, c, index, dy))
+        x, index, dy = (fold(v, d, n) for v, d in ((x, in_dims[0]), (index, in_dims[3]), (dy, in_dims[4])))
+        return unfold(_WeightGrad.apply(x, w, c, index, dy), n), 0
+
+
+def check_weights(operator: str, x: Tensor, c: Tensor) -> None:
+    """Raise ``ValueError`` unless ``c`` holds 1 to I weights of the result's dtype."""
+    if c.ndim != 1 or not 1 <= len(c) <= x.shape[1] or c.dtype != wide(x.dtype):
+        raise ValueError(
+            f"{operator}: expected 1..{x.shape[1]} weights of {wide(x.dtype)}, got {tuple(c.shape)} of {c.dtype}"
+        )
 
 
 def order_statistic(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
-    """``x`` [B, I], ``w`` [O, I], ``c`` [K] with K <= I, ``c >= 0`` -> [B, O]. Differentiable in x and w.
+    """``x`` [B, I], ``w`` [O, I], ``c`` [K] with K <= I, ``c >= 0`` -> [B, O]. Differentiable in x and w, once.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or there are more weights than coordinates.
+        NotImplementedError: a second derivative is asked for.
     """
     check_operands("order_statistic", x, w)
-    if c.ndim != 1 or not 1 <= len(c) <= x.shape[1] or c.dtype != x.dtype:
-        raise ValueError(
-            f"order_statistic: expected 1..{x.shape[1]} weights of {x.dtype}, got {tuple(c.shape)} of {c.dtype}"
-        )
-    y: Tensor = _OrderStatistic.apply(x, w, c)
+    check_weights("order_statistic", x, c)
+    with_index = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    y: Tensor = _OrderStatistic.apply(x, w, c, with_index)[0]
     return y
+
+
+@torch.no_grad()
+def order_statistic_indices(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
+    """The credited coordinates [B, O, K] (int64): where the K largest ``|x_b - w_o|`` sit."""
+    check_operands("order_statistic", x, w)
+    index: Tensor = _forward_op(x, w, c, True)[1]
+    return index.long()
+
+
+@torch.no_grad()
+def order_statistic_weight_grad(x: Tensor, w: Tensor, c: Tensor, dy: Tensor) -> Tensor:
+    """Each example's gradient in ``w`` for cotangents ``dy`` [B, O]: [B, O, I]."""
+    check_operands("order_statistic_weight_grad", x, w)
+    grad: Tensor = _weight_grad_op(x, w, c, _forward_op(x, w, c, True)[1], dy.to(c.dtype))
+    return grad
+
+
+@torch.no_grad()
+def order_statistic_ghost_norm(x: Tensor, w: Tensor, c: Tensor, dy: Tensor) -> Tensor:
+    """The l_2 norm [B] of :func:`order_statistic_weight_grad`, which is not formed.
+
+    It is at most ``||c||_2 ||dy_b||_2``, and equal to it where no credited coordinate has ``x_bi = w_oi``.
+    """
+    check_operands("order_statistic_ghost_norm", x, w)
+    norm: Tensor = _ghost_norm_op(x, w, c, _forward_op(x, w, c, True)[1], dy.to(c.dtype))
+    return norm

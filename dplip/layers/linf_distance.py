@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from dplip.errors import ConfigError
-from dplip.kernels.distance import gather_signs
-from dplip.kernels.order_statistic import (
-    order_statistic,
-    order_statistic_indices,
-    order_statistic_interval,
-)
+from dplip.kernels.order_statistic import order_statistic, order_statistic_weight_grad
+from dplip.kernels.order_statistic_interval import order_statistic_interval
 from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_rows
 from dplip.layers.base import Shapes
 from dplip.layers.distance import DistanceLayer, RowNorms
@@ -92,9 +88,7 @@ class LinfDistance(DistanceLayer):
 
     def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
         if math.isinf(self.p):
-            index = order_statistic_indices(x, w, self._one)
-            s = gather_signs(x, w, index) * g.unsqueeze(-1)
-            return x.new_zeros(len(x), *w.shape).scatter_(2, index, -s)
+            return order_statistic_weight_grad(x, w, self._one, g)
         y = power_mean(x, w, self.p)
         rows = power_mean_rows(x[:, None] - w, y, self.p)
         return -self._gain() * g.unsqueeze(-1) * rows

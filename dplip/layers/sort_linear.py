@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 from dplip.errors import ConfigError
-from dplip.kernels.distance import gather_signs
-from dplip.kernels.order_statistic import (
-    order_statistic,
-    order_statistic_indices,
-    order_statistic_interval,
-)
+from dplip.kernels.order_statistic import order_statistic, order_statistic_weight_grad
+from dplip.kernels.order_statistic_interval import order_statistic_interval
 from dplip.layers.base import Shapes
 from dplip.layers.distance import DistanceLayer, RowNorms
 
@@ -104,9 +100,7 @@ class SortLinear(DistanceLayer):
         return RowNorms(float(c.sum()), math.sqrt(float(c.square().sum())), float(c.max()))
 
     def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
-        index = order_statistic_indices(x, w, self.order_weights)
-        s = gather_signs(x, w, index) * self.order_weights * g.unsqueeze(-1)
-        return x.new_zeros(len(x), *w.shape).scatter_(2, index, -s)
+        return order_statistic_weight_grad(x, w, self.order_weights, g)
 
     def fan_in(self, shapes: Shapes) -> int:
         return 3 + len(self.order_weights)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dplip.errors import ConfigError, NoRuleError
-from dplip.kernels.distance import gather_signs
-from dplip.kernels.order_statistic import order_statistic, order_statistic_indices, order_statistic_interval
+from dplip.kernels.order_statistic import order_statistic, order_statistic_weight_grad
+from dplip.kernels.order_statistic_interval import order_statistic_interval
 from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_rows
 from dplip.layers.base import Shapes
 from dplip.layers.distance import RowNorms
@@ -160,11 +160,10 @@ class StochasticSortLinear(SortLinear):
         if x.shape[1] == 0:
             return grad
         if math.isinf(self.p):
-            index = order_statistic_indices(x, w, self._one)
-            rows = x.new_zeros(len(x), *w.shape).scatter_(2, index, gather_signs(x, w, index))
+            grad[:, :, kept] = order_statistic_weight_grad(x, w, self._one, g)
         else:
             rows = self._share(x) * power_mean_rows(x[:, None] - w, power_mean(x, w, self.p), self.p)
-        grad[:, :, kept] = -g.unsqueeze(-1) * rows
+            grad[:, :, kept] = -g.unsqueeze(-1) * rows
         return grad
 
     def distance_interval(self, lower: Tensor, upper: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

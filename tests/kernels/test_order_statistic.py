@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Order-statistic distances: values, gradients, ties and intervals."""
-
-import itertools
+"""Order-statistic distances: values, gradients, ties and transforms."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from dplip.kernels import distance
+from dplip.kernels import order_statistic as operator
+from dplip.kernels.dispatch import select
 from dplip.kernels.order_statistic import (
+    _OrderStatistic,
     order_statistic,
+    order_statistic_ghost_norm,
     order_statistic_indices,
-    order_statistic_interval,
     order_statistic_reference,
+    order_statistic_weight_grad,
 )
 
 WEIGHTS = [[1.0], [0.7, 0.3], [0.1, 0.2, 0.6], [0.0, 1.0], [0.1] * 9, [1 / 12] * 12]
@@ -78,29 +80,13 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def run() -> list[Tensor]:
         y = order_statistic(x, w, c)
-        interval = order_statistic_interval(x.detach() - 0.1, x.detach() + 0.2, w.detach(), c)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, w]), *interval]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, w])]
 
     whole = run()
-    monkeypatch.setattr(distance, "_BLOCK_ELEMENTS", 2 * w.numel())
+    monkeypatch.setattr(distance, "_TILE_ELEMENTS", 2 * w.numel())
+    monkeypatch.setattr(operator, "_SCATTER_ELEMENTS", 2 * len(w) * len(c))
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [0.1, 0.2, 0.6]], ids=str)
-def test_interval_is_exact(weights: list[float]) -> None:
-    """Extremes are attained where every coordinate is nearest to, or farthest from, its weight."""
-    w = torch.randn(4, 3, dtype=torch.float64)
-    c = torch.tensor(weights, dtype=torch.float64)
-    for width in (0.0, 0.1, 3.0):
-        lower = torch.randn(5, 3, dtype=torch.float64)
-        upper = lower + width * torch.rand(5, 3, dtype=torch.float64)
-        low, high = order_statistic_interval(lower, upper, w, c)
-        corners = [torch.where(torch.tensor(bits), upper, lower) for bits in itertools.product([False, True], repeat=3)]
-        at_corners = torch.stack([by_sort(x, w, c) for x in corners])
-        torch.testing.assert_close(high, at_corners.amax(0))
-        nearest = torch.stack([by_sort(w[o].clamp(lower, upper), w, c)[:, o] for o in range(4)], 1)
-        torch.testing.assert_close(low, nearest)
 
 
 def test_large_and_nan_inputs() -> None:
@@ -127,3 +113,136 @@ def test_large_and_nan_inputs() -> None:
 def test_operands_that_do_not_fit(x: Tensor, w: Tensor, c: Tensor, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         order_statistic(x, w, c)
+
+
+def lattice(b: int, o: int, i: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Operands with many ties, and inputs that lie on top of weights."""
+    return torch.randint(-2, 3, (b, i)).to(dtype), torch.randint(-2, 3, (o, i)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 2, 10])
+@pytest.mark.parametrize("shape", [(1, 1, 11), (7, 5, 37), (0, 3, 12), (4, 0, 12), (130, 3, 700)])
+def test_blocked_is_the_reference(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> None:
+    c = torch.rand(k, dtype=dtype)
+    for x, w in (lattice(*shape, dtype), (v.to(dtype) for v in draw(*shape))):
+        y, index = order_statistic_reference(x, w, c, True)
+        fast, fast_index = select("order_statistic", "cpu")(x, w, c, True)
+        assert select("order_statistic", "cpu") is not order_statistic_reference
+        assert torch.equal(fast, y) and fast_index.dtype == torch.int32
+        assert k > 1 or torch.equal(fast_index, index)
+        assert select("order_statistic", "cpu")(x, w, c, False)[1].numel() == 0
+
+
+def test_the_lowest_index_is_credited_at_a_tie() -> None:
+    x, w = lattice(40, 30, 50)
+    t = (x[:, None] - w).abs()
+    first = (t == t.amax(-1, keepdim=True)).double().argmax(-1, keepdim=True)
+    assert torch.equal(order_statistic_indices(x, w, torch.ones(1).double()), first)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_raw_operators(k: int) -> None:
+    x, w = draw(4, 3, 6)
+    c, dy = torch.rand(k, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    ops = torch.ops.dplip
+    index = ops.order_statistic(x, w, c, True)[1]
+    for flag in (False, True):
+        torch.library.opcheck(ops.order_statistic, (x, w, c, flag))
+        torch.library.opcheck(ops.order_statistic_backward, (x, w, c, index, dy, flag, not flag))
+    torch.library.opcheck(ops.order_statistic_weight_grad, (x, w, c, index, dy))
+    torch.library.opcheck(ops.order_statistic_ghost_norm, (x, w, c, index, dy))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("ties", [False, True])
+def test_per_example_gradients_and_their_norms(k: int, ties: bool) -> None:
+    x, w = (lattice if ties else draw)(6, 5, 12)
+    c, dy = torch.rand(k, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    w.requires_grad_()
+    one_by_one = [torch.autograd.grad((order_statistic(x[b : b + 1], w, c) * dy[b]).sum(), w)[0] for b in range(6)]
+    grad = order_statistic_weight_grad(x, w, c, dy)
+    torch.testing.assert_close(grad, torch.stack(one_by_one))
+    norm = order_statistic_ghost_norm(x, w, c, dy)
+    torch.testing.assert_close(norm, grad.flatten(1).norm(dim=1))
+    assert bool((norm <= c.norm() * dy.norm(dim=1) * (1 + 1e-12)).all())
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_function_transforms(k: int) -> None:
+    x, w = draw(5, 4, 8)
+    c, dy = torch.rand(k, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+
+    def loss(w: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+        return (order_statistic(x[None], w, c)[0] * dy).sum()
+
+    per_example = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), (None, 0, 0))(w, x, dy)
+    torch.testing.assert_close(per_example[0], order_statistic_weight_grad(x, w, c, dy))
+    whole = torch.func.grad(lambda w: torch.func.vmap(loss, (None, 0, 0))(w, x, dy).sum())(w)
+    torch.testing.assert_close(whole, per_example[0].sum(0))
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(per_example[1], torch.autograd.grad((order_statistic(leaf, w, c) * dy).sum(), leaf)[0])
+    pairs = torch.func.vmap(torch.func.grad(lambda w, x, g: (order_statistic(x, w, c) * g).sum()), (None, 0, 0))
+    two = pairs(w, x[:4].view(2, 2, 8), dy[:4].view(2, 2, 4))  # two examples a sample
+    torch.testing.assert_close(two, per_example[0][:4].view(2, 2, 4, 8).sum(1))
+    for argnum in (0, 1):
+        jacobian = torch.func.jacrev(lambda x, w: order_statistic(x, w, c), argnums=argnum)(x, w)
+        by_autograd = torch.autograd.functional.jacobian(lambda x, w: order_statistic(x, w, c), (x, w))[argnum]
+        torch.testing.assert_close(jacobian, by_autograd)
+
+
+def test_ensembles_of_weights() -> None:
+    x, w, c = torch.randn(3, 5, 8), torch.randn(3, 4, 8), torch.ones(1)
+    expected = torch.stack([order_statistic(a, b, c) for a, b in zip(x, w, strict=True)])
+    assert torch.equal(torch.func.vmap(order_statistic, (0, 0, None))(x, w, c), expected)
+    shared = torch.func.vmap(order_statistic, (None, 0, None))(x[0], w, c)
+    assert torch.equal(shared, torch.stack([order_statistic(x[0], b, c) for b in w]))
+    grad = torch.func.vmap(torch.func.grad(lambda w, x: order_statistic(x, w, c).sum()), (0, 0))(w, x)
+    one = torch.func.grad(lambda w: order_statistic(x[1], w, c).sum())(w[1])
+    assert torch.equal(grad[1], one)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from torch itself
+def test_compiles_without_a_graph_break() -> None:
+    c = torch.tensor([0.6, 0.4], dtype=torch.float64)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return order_statistic(x, w, c).square().sum()
+
+    eager, compiled = (tuple(v.requires_grad_() for v in draw(4, 3, 6)) for _ in range(2))
+    for a, b in zip(compiled, eager, strict=True):
+        a.data.copy_(b)
+    loss(*eager).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled).backward()
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, w = (v.requires_grad_() for v in draw(3, 4, 5))
+    y = order_statistic(x, w, torch.ones(1, dtype=torch.float64)).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="order_statistic: expected one derivative"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_operands_give_float32_results(dtype: torch.dtype) -> None:
+    x, w = (v.to(dtype).requires_grad_() for v in draw(5, 4, 9))
+    c = torch.tensor([0.7, 0.3])
+    y = order_statistic(x, w, c)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, order_statistic(x.float(), w.float(), c))
+    y.sum().backward()
+    assert x.grad.dtype == w.grad.dtype == dtype
+    assert float(x.grad.abs().sum()) > 0
+
+
+def test_gradients_without_a_saved_index() -> None:
+    """Where a transform hides that a gradient will be asked for, the index is found in the backward pass."""
+    x, w = (v.requires_grad_() for v in draw(3, 4, 6))
+    c = torch.ones(2, dtype=torch.float64)
+    expected = torch.autograd.grad(order_statistic(x, w, c).sum(), (x, w))
+    got = torch.autograd.grad(_OrderStatistic.apply(x, w, c, False)[0].sum(), (x, w))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
