@@ -18,17 +18,40 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings, containers) in one atomic step, flushed to disk."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write ``state`` (tensors, numbers, strings, containers) in one atomic step, flushed to disk.
+
+    Whatever kills the process, ``path`` holds the old file or the new one, whole.
+
+    Raises:
+        CheckpointError: the folder or the file cannot be written.
+    """
+    partial = None
     try:
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        if partial is not None and os.path.exists(partial):
+            os.unlink(partial)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{path}: expected a file that can be written, got {error}; choose another path"
+            ) from error
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself survive a power cut, where the system lets a folder be flushed."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ BELOW = {  # package or module -> what it may import, itself aside
     "dplip.margin_losses": BASE | {"dplip.losses"},
     "dplip.lipschitz_losses": BASE | {"dplip.losses"},
     "dplip.multiplicity": BASE | {"dplip.losses"},
-    "dplip.privacy": BASE | {"accountants", "dplip.bounds", "dplip.layers", "dplip.losses"},
+    "dplip.privacy": BASE | {"accountants", "dplip.bounds", "dplip.checkpoint", "dplip.layers", "dplip.losses"},
     "dplip.certify": BASE | {"dplip.bounds", "dplip.layers", "dplip.operator_norm"},
     "dplip.audit": UP_TO_LAYERS | PROOFS - {"dplip.audit"},
     "dplip.recipes": BASE | {"dplip.bounds", "dplip.certify", "dplip.layers", "dplip.losses", "dplip.margin_losses"},

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clip-free DP-SGD: one frozen plan drives sampling, noise and accounting."""
 
+from dplip.privacy.accumulation import virtual_batches
 from dplip.privacy.allocation import ALLOCATIONS, Tensors, allocate
 from dplip.privacy.distributed import DistributedClipFreeEngine
 from dplip.privacy.engine import ClipFreeEngine, PublicSizeWarning
@@ -10,6 +11,7 @@ from dplip.privacy.optimizer import ClipFreeOptimizer, noise_weights
 from dplip.privacy.plan import PrivacyPlan
 from dplip.privacy.quantile import AdaptiveLogitClip
 from dplip.privacy.sampling import PoissonSampler, PrivateLoader
+from dplip.privacy.schedule import ExponentialNoise, StepNoise
 from dplip.privacy.sensitivity import StepSensitivity
 from dplip.privacy.standardize import PrivateStandardizer
 
@@ -19,6 +21,7 @@ __all__ = [
     "ClipFreeEngine",
     "ClipFreeOptimizer",
     "DistributedClipFreeEngine",
+    "ExponentialNoise",
     "GradientToNoise",
     "NoiseSource",
     "PoissonSampler",
@@ -26,9 +29,11 @@ __all__ = [
     "PrivateLoader",
     "PrivateStandardizer",
     "PublicSizeWarning",
+    "StepNoise",
     "StepSensitivity",
     "TensorSignal",
     "Tensors",
     "allocate",
     "noise_weights",
+    "virtual_batches",
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sized
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from accountants import Accountant, Neighbors, make_accountant
-from dplip.bounds import InputDomain
-from dplip.errors import CheckpointError, DataError, PlanError
+from dplip.bounds import InputDomain, input_like
+from dplip.checkpoint import load_checkpoint, save_checkpoint
+from dplip.errors import DataError, PlanError
 from dplip.losses import BoundedLoss, bounded
+from dplip.privacy.arithmetic import Arithmetic
+from dplip.privacy.checkpoint import capture, restore, restore_ledger
 from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource
 from dplip.privacy.optimizer import ClipFreeOptimizer
@@ -102,7 +106,7 @@ class ClipFreeEngine:
                 number becomes public.
             domain: where inputs live. By default any finite input of the first example's shape, where an example is a
                 sequence (x, ...).
-            plan_options: ``sampling``, ``max_batch_size``, ``allocation`` of :class:`PrivacyPlan`.
+            plan_options: ``sampling``, ``max_batch_size``, ``allocation``, ``noise_schedule`` of :class:`PrivacyPlan`.
 
         Raises:
             PlanError, NoRuleError, MixesExamplesError, UnboundedInputError, DataError: before anything is spent.
@@ -221,7 +225,13 @@ class ClipFreeEngine:
         self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity
     ) -> ClipFreeOptimizer:
         device = next(iter(sensitivity.trainable.values())).device
-        guard = Guard(module, sensitivity.domain, sensitivity.cotangent * (1 / sensitivity.loss.copies))
+        guard = Guard(
+            module,
+            sensitivity.domain,
+            sensitivity.cotangent * (1 / sensitivity.loss.copies),
+            copies=sensitivity.loss.copies,
+            arithmetic=Arithmetic(sensitivity.graph, input_like(module, sensitivity.domain)),
+        )
         try:
             return ClipFreeOptimizer(
                 optimizer,
@@ -250,6 +260,64 @@ class ClipFreeEngine:
             return 0.0
         return math.inf if self.plan.noise_multiplier == 0 else self.accountant.epsilon(at)
 
+    def save_checkpoint(
+        self,
+        path: Path | str,
+        *,
+        module: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        lr_scheduler: Any = None,
+        extra: Any = None,
+    ) -> None:
+        """Write the run to one file in one atomic step: weights, inner optimizer, loss, ledger, plan, schedulers.
+
+        The ledger counts the steps behind the saved weights: save before anything about a step leaves the process, and
+        what is lost with the process was never released (:mod:`dplip.privacy.checkpoint`). No random state is saved.
+        What is neither parameter nor buffer, such as an annealed exponent, belongs into ``extra``.
+
+        Args:
+            path: the file; replaced whole, never in part.
+            module, optimizer: as in Opacus; if given they must be those of this engine.
+            lr_scheduler: a torch learning-rate scheduler, or a sequence of them.
+            extra: tensors, numbers, strings and containers to give back on loading.
+
+        Raises:
+            PlanError: nothing was made private yet, or a draw is accumulated in part.
+            CheckpointError: a state holds something else than plain data, or the file cannot be written.
+        """
+        self._check_own(module, optimizer)
+        save_checkpoint(Path(path), capture(self, _listed(lr_scheduler), extra))
+
+    def load_checkpoint(
+        self,
+        path: Path | str,
+        *,
+        module: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        lr_scheduler: Any = None,
+    ) -> Any:
+        """Go on from :meth:`save_checkpoint`, after ``make_private`` with the same arguments; returns ``extra``.
+
+        Noise and sampling start from fresh streams. Runs no code from the file.
+
+        Raises:
+            PlanError: nothing was made private yet.
+            CheckpointError: the file is damaged or belongs to another plan, model, optimizer or scheduler, or this
+                engine has taken steps that loading would forget. Nothing is changed.
+        """
+        self._check_own(module, optimizer)
+        return restore(self, load_checkpoint(Path(path)), _listed(lr_scheduler))
+
+    def _check_own(self, module: nn.Module | None, optimizer: Optimizer | None) -> None:
+        own = self.optimizer
+        if own is None:
+            raise PlanError("engine: expected make_private before checkpoints, got no plan; call it first")
+        held = {id(p) for p in own.sensitivity.model.parameters()}
+        if module is not None and {id(p) for p in module.parameters()} != held:
+            raise PlanError("engine: expected the module of make_private, got another; one engine holds one run")
+        if optimizer is not None and optimizer is not own and optimizer is not own.original_optimizer:
+            raise PlanError("engine: expected the optimizer of make_private, got another; one engine holds one run")
+
     def state_dict(self) -> dict[str, Any]:
         """Plan, ledger and steps taken, JSON-safe."""
         if self.plan is None or self.optimizer is None:
@@ -267,45 +335,13 @@ class ClipFreeEngine:
             CheckpointError: the saved plan is another one, the ledger is not that of the plan after the steps taken, or
                 this engine has taken more steps, which loading would forget.
         """
-        if self.plan is None or self.optimizer is None or self.loader is None:
-            raise PlanError("engine: expected make_private before load_state_dict, got no plan; call it first")
-        try:
-            saved, steps, ledger = state["plan"], state["steps_taken"], state["accountant"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"engine: expected a saved engine state, got a damaged one ({error}); restart"
-            ) from error
-        if not isinstance(saved, dict) or type(steps) is not int or not 0 <= steps <= self.plan.steps:
-            raise CheckpointError(
-                f"engine: expected a plan and 0 to {self.plan.steps} steps taken, got {steps!r}; the checkpoint is "
-                "damaged, restart"
-            )
-        if saved != self.plan.to_dict():
-            changed = sorted(k for k in {*saved, *self.plan.to_dict()} if saved.get(k) != self.plan.to_dict().get(k))
-            raise CheckpointError(
-                f"engine: expected the plan of the checkpoint, got changes in {changed}; "
-                "restore them or start a new run"
-            )
-        fresh = make_accountant(self.accountant.name, self.neighbors)
-        try:
-            fresh.load_state_dict(ledger)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"engine: expected a saved ledger, got a damaged one ({error}); restart") from error
-        noisy = steps > 0 and self.plan.noise_multiplier > 0
-        if fresh.ledger != (((self.plan.step_event(), steps),) if noisy else ()):
-            raise CheckpointError(
-                f"engine: expected a ledger of {steps} steps of the plan, got {fresh.ledger}; the checkpoint is "
-                "damaged, restart"
-            )
-        if steps < self.optimizer.steps_taken:
-            raise CheckpointError(
-                f"engine: expected a checkpoint of at least {self.optimizer.steps_taken} steps, got {steps}; steps "
-                "taken since would be forgotten, load it into a new engine"
-            )
-        self.accountant.load_state_dict(ledger)
-        self.optimizer.steps_taken = steps
-        self.optimizer.noise.continue_from(steps)
-        self.loader.sampler.continue_from(steps)
+        restore_ledger(self, state)
+
+
+def _listed(schedulers: Any) -> list[Any]:
+    if schedulers is None:
+        return []
+    return list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
 
 
 def _size(dataset: Any) -> int:

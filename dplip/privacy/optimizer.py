@@ -75,10 +75,16 @@ class ClipFreeOptimizer(Optimizer):
                 f"optimizer: expected one gradient per step, got {type(optimizer).__name__}, which calls its closure; "
                 "use SGD or Adam"
             )
-        self._gradient_multiplier()  # refuses a clip quantile that would overspend
+        self._check_clip_noise()
         if any(isinstance(m, AdaptiveLogitClip) for m in sensitivity.loss.modules() if m is not sensitivity.loss):
             raise PlanError("optimizer: expected AdaptiveLogitClip outermost, got it inside another loss; swap them")
         guard.on_forward = self._note_bounds
+
+    def _check_clip_noise(self) -> None:
+        """Refuse a clip quantile that would overspend in any step of the plan."""
+        if self._adaptive is not None:
+            for factor, _ in self.plan.noise_schedule or ((1.0, 1),):
+                self._adaptive.gradient_multiplier(self.plan.noise_multiplier * factor, 0)
 
     def _all_parameters(self) -> list[Tensor]:
         held = [p for group in self.param_groups for p in group["params"]]
@@ -91,7 +97,8 @@ class ClipFreeOptimizer(Optimizer):
         if foreign or not held:
             raise PlanError(
                 "optimizer: expected parameters of the module that were trainable when it was made private, got "
-                f"{foreign} others among {len(held)}; build the optimizer from module.parameters()"
+                f"{foreign} others among {len(held)}; build the optimizer from module.parameters(), and freeze "
+                "parameters after make_private instead of before to thaw them later"
             )
 
     @property
@@ -120,8 +127,21 @@ class ClipFreeOptimizer(Optimizer):
 
     @property
     def noise_multiplier(self) -> float:
-        """The plan's noise multiplier."""
-        return self.plan.noise_multiplier
+        """The plan's noise multiplier for the coming step.
+
+        Assigning it, as Opacus' noise schedulers do, is allowed where it agrees with the plan: noise that the plan did
+        not announce would not be what its epsilon was calibrated for.
+        """
+        return self.plan.multiplier(self.steps_taken)
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        planned = self.noise_multiplier
+        if not math.isclose(value, planned, rel_tol=1e-9, abs_tol=0.0):
+            raise PlanError(
+                f"optimizer: expected the planned noise multiplier {planned:g} for step {self.steps_taken}, got "
+                f"{value!r}; give the schedule to make_private(noise_schedule=...), so that epsilon covers it"
+            )
 
     @property
     def expected_batch_size(self) -> float:
@@ -134,9 +154,18 @@ class ClipFreeOptimizer(Optimizer):
 
     def _with_noise(self, bounds: dict[str, Tensors]) -> dict[str, tuple[Tensors, float]]:
         weights = noise_weights(self.param_groups, self.sensitivity.trainable)
-        bounds = {name: t._replace(weight=weights[name]) for name, t in bounds.items()}
+        released = self._released()
+        bounds = {name: t._replace(weight=weights[name]) for name, t in bounds.items() if name in released}
         sigma = allocate(self.plan.allocation, bounds, self._gradient_multiplier())
         return {name: (t, sigma[name]) for name, t in bounds.items()}
+
+    def _released(self) -> dict[str, Tensor]:
+        """What the coming step releases: all that was trainable when made private and is not frozen now.
+
+        ``requires_grad`` is configuration, so freezing and thawing may follow the step number; a frozen tensor's
+        gradient is dropped, and the others share its noise budget.
+        """
+        return {name: p for name, p in self.sensitivity.trainable.items() if p.requires_grad}
 
     def _note_bounds(self) -> None:
         for name, t in self.sensitivity.tensors().items():
@@ -146,20 +175,50 @@ class ClipFreeOptimizer(Optimizer):
         """Call ``hook(self)`` after every private step."""
         self._step_hooks.append(hook)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.original_optimizer.add_param_group(param_group)
+
+    def signal_skip_step(self, do_skip: bool = True, rows: int | None = None) -> None:
+        """Say what the next batch is: a part of a Poisson draw that others follow, or (``False``) its last part.
+
+        Until the last part, :meth:`step` and :meth:`zero_grad` do nothing, so a plain loop over parts accumulates
+        the draw's gradient and releases it once. :func:`dplip.privacy.virtual_batches` calls this for each part.
+
+        Args:
+            do_skip: whether more parts follow.
+            rows: how many examples the part holds; more are refused.
+
+        Raises:
+            PlanError: the part before went without a backward pass (see :meth:`Guard.open`).
+        """
+        self.guard.open(last=not do_skip, rows=rows)
+        if self._adaptive is not None:
+            self._adaptive.expect_part()
+
+    def discard(self) -> None:
+        """Drop gradients and parts that were not released, as if the draw had never been; costs no privacy."""
+        self.guard.start_step()
+        self.zero_grad()
+        self._noted = {}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.guard.part.index > 0:  # the draw's earlier parts are in the gradients
+            return
         self.original_optimizer.zero_grad(set_to_none)
         for p in self.sensitivity.trainable.values():  # also those that the inner optimizer does not hold
             if set_to_none or p.grad is None:
                 p.grad = None
             else:
                 p.grad.zero_()
-        self.guard.start_step()
+        self.guard.forget()
         if self._adaptive is not None:
             self._adaptive.forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Release one noisy step."""
+        """Release one noisy step, unless further parts of the draw follow (:meth:`signal_skip_step`)."""
+        if not self.guard.part.last:
+            return self._closed(closure)
         loss, bounds, gradients = self._prepare(closure)
         tensors = self._with_noise(bounds)
         step = self.steps_taken
@@ -174,6 +233,15 @@ class ClipFreeOptimizer(Optimizer):
             hook(self)
         return loss
 
+    def _closed(self, closure: Callable[[], float] | None) -> float | None:
+        """Run the closure, then ask the guard about all backward passes so far."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.guard.require_one_backward()
+        return loss
+
     def _prepare(
         self, closure: Callable[[], float] | None
     ) -> tuple[float | None, dict[str, Tensors], dict[str, Tensor]]:
@@ -183,13 +251,12 @@ class ClipFreeOptimizer(Optimizer):
                 f"step: expected at most {self.plan.steps} steps, got one more; the privacy budget of the plan is spent"
             )
         self._check_parameters()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.guard.require_one_backward()
+        loss = self._closed(closure)
+        for p in self.sensitivity.trainable.values():
+            if not p.requires_grad:
+                p.grad = None
         bounds = self._noted or self.sensitivity.tensors()
-        gradients = {name: self._summed(p, name, bounds[name]) for name, p in self.sensitivity.trainable.items()}
+        gradients = {name: self._summed(p, name, bounds[name]) for name, p in self._released().items()}
         _require_finite(gradients)
         return loss, bounds, gradients
 
@@ -212,20 +279,25 @@ class ClipFreeOptimizer(Optimizer):
 
     def _gradient_multiplier(self) -> float:
         """What the plan's multiplier leaves for the gradient when the clip quantile is released with it."""
-        z, adaptive = self.plan.noise_multiplier, self._adaptive
+        z, adaptive = self.noise_multiplier, self._adaptive
         return z if adaptive is None else adaptive.gradient_multiplier(z, self.steps_taken)
 
     def _refresh_clip(self, step: int) -> None:
         adaptive = self._adaptive
         if adaptive is not None:
             adaptive.release(step, self.expected_batch_size, self.noise, self.plan.noise_multiplier > 0)
-            self.guard.cotangent = self.sensitivity.refresh_cotangent() * (1 / adaptive.copies)
+            self.refresh_bounds()
+
+    def refresh_bounds(self) -> None:
+        """Ask the loss for its bounds again, after it has changed by public means (a released or restored clip)."""
+        self.guard.cotangent = self.sensitivity.refresh_cotangent() * (1 / self.sensitivity.loss.copies)
 
     def _spend(self) -> None:
         # The ledger grows before the noise leaves: an interrupted step counts as taken.
+        event = self.plan.step_event(self.steps_taken)
         self.steps_taken += 1
         if self.plan.noise_multiplier > 0:
-            self.accountant.compose(self.plan.step_event())
+            self.accountant.compose(event)
 
     def _gradient(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p) if p.grad is None else p.grad

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from accountants import ACCOUNTANTS, Accountant, Neighbors, calibrate_noise_multiplier, calibrate_steps, make_accountant
-from accountants.events import Event, Gaussian, PoissonSampled, Repeat, TruncatedPoissonSampled
+from accountants.events import Event, Gaussian, PoissonSampled, Repeat, Sequence, TruncatedPoissonSampled
 from dplip.errors import PlanError
 from dplip.privacy.allocation import ALLOCATIONS
+from dplip.privacy.schedule import NoiseTable, factor_at, noise_table, prefix
 
 __all__ = ["SAMPLINGS", "PrivacyPlan"]
 
@@ -36,6 +37,8 @@ class PrivacyPlan:
         allocation: how noise is split over tensors, see :mod:`dplip.privacy.allocation`.
         sampling: ``"poisson"``, or ``"truncated_poisson"`` which drops a random excess over ``max_batch_size``.
         max_batch_size: largest batch under truncated sampling.
+        noise_schedule: factors on ``noise_multiplier`` over the run, a function of the step or ``(factor, count)``
+            pairs (:mod:`dplip.privacy.schedule`); stored as pairs. None: constant noise.
 
     Raises:
         PlanError: a value is out of range.
@@ -52,6 +55,7 @@ class PrivacyPlan:
     allocation: str = "minimum_energy"
     sampling: str = "poisson"
     max_batch_size: int | None = None
+    noise_schedule: NoiseTable | None = None
 
     def __post_init__(self) -> None:
         self._require(_is_int(self.population) and self.population >= 1, "population", "an integer >= 1")
@@ -75,6 +79,7 @@ class PrivacyPlan:
         size = self.max_batch_size
         fits = _is_int(size) and size >= 1 if truncated else size is None
         self._require(fits, "max_batch_size", "an integer >= 1 with truncated_poisson, else none")
+        object.__setattr__(self, "noise_schedule", noise_table(self.noise_schedule, self.steps))
         if self.noise_multiplier > 0 and not self.make_accountant().supports(self.step_event()):
             raise PlanError(
                 f"plan: expected a combination with a theorem, got accountant {self.accountant!r} with "
@@ -101,7 +106,7 @@ class PrivacyPlan:
         draft = cls(target_epsilon=float(target_epsilon), noise_multiplier=1.0, **settings)
         try:
             z = calibrate_noise_multiplier(
-                lambda z: Repeat(draft._event(z), draft.steps),
+                lambda z: Sequence(tuple(Repeat(e, n) for e, n in draft._events(z, draft.steps))),
                 epsilon=target_epsilon,
                 delta=draft.delta,
                 accountant=draft.accountant,
@@ -127,9 +132,25 @@ class PrivacyPlan:
             return TruncatedPoissonSampled(gaussian, self.sampling_prob, self.population, self.max_batch_size)
         return PoissonSampled(gaussian, self.sampling_prob)
 
-    def step_event(self) -> Event:
-        """What one step releases."""
-        return self._event(self.noise_multiplier)
+    def _events(self, noise_multiplier: float, steps: int) -> list[tuple[Event, int]]:
+        return [(self._event(noise_multiplier * factor), n) for factor, n in prefix(self.noise_schedule, steps)]
+
+    def multiplier(self, step: int = 0) -> float:
+        """The noise multiplier of the 0-based ``step``."""
+        return self.noise_multiplier * factor_at(self.noise_schedule, step)
+
+    def step_event(self, step: int = 0) -> Event:
+        """What the 0-based ``step`` releases."""
+        return self._event(self.multiplier(step))
+
+    def ledger(self, steps: int) -> tuple[tuple[Event, int], ...]:
+        """``(event, count)`` of the first ``steps`` steps, as an accountant that saw them one by one holds them."""
+        merged: list[tuple[Event, int]] = []
+        for event, count in self._events(self.noise_multiplier, steps) if self.noise_multiplier > 0 else ():
+            if merged and merged[-1][0] == event:
+                count += merged.pop()[1]
+            merged.append((event, count))
+        return tuple(merged)
 
     def make_accountant(self) -> Accountant:
         """An empty accountant of the plan's kind."""
@@ -144,7 +165,15 @@ class PrivacyPlan:
             return 0.0
         if self.noise_multiplier == 0:
             return math.inf
-        return self.make_accountant().compose(self.step_event(), count).epsilon(self.delta)
+        if self.noise_schedule is not None and count > self.steps:
+            raise PlanError(
+                f"plan.epsilon: expected at most the {self.steps} steps of the noise schedule, got {count}; "
+                "make a plan of more steps"
+            )
+        accountant = self.make_accountant()
+        for event, times in self.ledger(count):
+            accountant.compose(event, times)
+        return accountant.epsilon(self.delta)
 
     def most_steps(self, epsilon: float | None = None) -> int:
         """The largest number of this plan's steps with a proven epsilon of at most ``epsilon`` (default: the target).
@@ -152,11 +181,16 @@ class PrivacyPlan:
         Whatever else is released in a step, such as a clip quantile, is inside the step's event and so is counted.
 
         Raises:
-            PlanError: no budget is given or it is out of range, or the plan has no noise.
+            PlanError: no budget is given or it is out of range, or the plan has no noise or a noise schedule.
         """
         budget = self.target_epsilon if epsilon is None else epsilon
         if budget is None or self.noise_multiplier == 0:
             raise PlanError("plan.most_steps: expected a budget and noise, got none; give epsilon and noise_multiplier")
+        if self.noise_schedule is not None:
+            raise PlanError(
+                "plan.most_steps: expected constant noise, got a schedule, which says nothing of steps after its end; "
+                "compare plan.epsilon(steps) instead"
+            )
         try:
             return calibrate_steps(
                 self.step_event(),
@@ -173,14 +207,19 @@ class PrivacyPlan:
         return self.most_steps(epsilon) // self.steps_per_epoch
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe form; :meth:`from_dict` restores it."""
-        return asdict(self)
+        """JSON-safe form; :meth:`from_dict` restores it. Constant noise leaves ``noise_schedule`` out."""
+        values = asdict(self)
+        if self.noise_schedule is None:
+            del values["noise_schedule"]
+        else:
+            values["noise_schedule"] = [[factor, count] for factor, count in self.noise_schedule]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PrivacyPlan:
         """The plan written by :meth:`to_dict`; unknown or missing keys raise :class:`PlanError`."""
         names = {f.name for f in fields(cls)}
-        if set(values) != names:
+        if set(values) | {"noise_schedule"} != names:
             raise PlanError(f"plan: expected the keys {sorted(names)}, got {sorted(values)}; restore the saved plan")
         return cls(**values)
 

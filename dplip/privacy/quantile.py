@@ -97,6 +97,7 @@ class AdaptiveLogitClip(BoundedLoss):
         self.least, self.most = float(least), float(most)
         self.register_buffer("_bound", torch.tensor(float(bound), dtype=torch.float64))
         self._seen: tuple[int, int] | None = None
+        self._expects_part = False
         self.refreshes = 0
 
     @property
@@ -127,16 +128,23 @@ class AdaptiveLogitClip(BoundedLoss):
 
     def observe(self, within: int, rows: int) -> None:
         """Note a backward pass: ``within`` of ``rows`` rows were not clipped. Private until released."""
-        if self._seen is not None:
+        if self._seen is not None and not self._expects_part:
             raise PlanError(
                 "AdaptiveLogitClip: expected one backward pass per step, got another; call optimizer.step() "
                 "after each, so no example is counted twice"
             )
-        self._seen = (within, rows)
+        before = self._seen or (0, 0)
+        self._seen = (before[0] + within, before[1] + rows)
+        self._expects_part = False
+
+    def expect_part(self) -> None:
+        """The next backward pass is on further examples of the same draw, whose counts add up."""
+        self._expects_part = True
 
     def forget(self) -> None:
         """Drop what was observed since the last step, unreleased."""
         self._seen = None
+        self._expects_part = False
 
     def due(self, step: int) -> bool:
         """Whether the 0-based ``step`` refreshes the bound."""

@@ -86,6 +86,7 @@ def test_digest_changes_with_every_field() -> None:
         {"allocation": "global"},
         {"sampling": "truncated_poisson", "max_batch_size": 40},
         {"sampling": "truncated_poisson", "max_batch_size": 41},
+        {"noise_schedule": ((1.0, 9), (0.5, 1))},
     ]
     assert {f.name for f in dataclasses.fields(PrivacyPlan)} == {n for c in changes for n in c}
     digests = {plan().digest(), *(plan(**c).digest() for c in changes)}
