@@ -91,7 +91,7 @@ def restore(engine: ClipFreeEngine, state: Mapping[str, Any], lr_schedulers: Ite
     _same("number of lr schedulers", len(schedulers), len(saved))
     held = [len(g["params"]) for g in inner["param_groups"]] if isinstance(inner, Mapping) else None
     _same("sizes of the parameter groups", [len(g) for g in groups], held)
-    restore_ledger(engine, ledger)
+    engine.load_state_dict(ledger)
     optimizer.sensitivity.model.load_state_dict(module)
     optimizer.sensitivity.loss.load_state_dict(loss)
     optimizer.load_state_dict(inner)
@@ -174,7 +174,7 @@ def _same_tensors(what: str, module: nn.Module, saved: Any) -> None:
 
 def _plain(value: Any, where: str) -> Any:
     """``value`` in types that ``torch.load(weights_only=True)`` reads, tensors without their graphs."""
-    if isinstance(value, Tensor):
+    if type(value) in (Tensor, nn.Parameter):  # a sharded tensor is one rank's part, no checkpoint
         return value.detach()
     if isinstance(value, _PLAIN):
         return value

@@ -20,7 +20,6 @@ from dplip.privacy.distributed_ranks import Ranks
 from dplip.privacy.distributed_sampling import ShardedPoissonSampler
 from dplip.privacy.distributed_sharded import ShardedOptimizer, ShardedSensitivity, Twin, is_sharded, sum_gradients
 from dplip.privacy.engine import ClipFreeEngine
-from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource, derived_seed
 from dplip.privacy.optimizer import ClipFreeOptimizer
 from dplip.privacy.plan import PrivacyPlan
@@ -149,7 +148,7 @@ class DistributedClipFreeEngine(ClipFreeEngine):
         seed = self.insecure_seed
         if seed is not None and sharded and self.ranks.size > 1:
             seed = derived_seed(seed, "rank", self.ranks.rank)
-        guard = Guard(module, sensitivity.domain, sensitivity.cotangent * (1 / sensitivity.loss.copies))
+        guard = self._guard(module, sensitivity)
         kind = ShardedOptimizer if sharded else ReplicatedOptimizer
         try:
             return kind(

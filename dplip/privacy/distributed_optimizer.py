@@ -75,7 +75,7 @@ class DistributedOptimizer(ClipFreeOptimizer):
             float(bounds is None),
             float(self.steps_taken),
             self._weights_key() if compare else 0.0,
-            *(weights[name] for name in trainable),
+            *(weights[name] * p.requires_grad for name, p in trainable.items()),  # ranks freeze the same tensors
             *(math.inf if bounds is None else bounds[name].bound for name in trainable),
         ]
         everywhere = self.ranks.gather(mine)

@@ -225,13 +225,7 @@ class ClipFreeEngine:
         self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity
     ) -> ClipFreeOptimizer:
         device = next(iter(sensitivity.trainable.values())).device
-        guard = Guard(
-            module,
-            sensitivity.domain,
-            sensitivity.cotangent * (1 / sensitivity.loss.copies),
-            copies=sensitivity.loss.copies,
-            arithmetic=Arithmetic(sensitivity.graph, input_like(module, sensitivity.domain)),
-        )
+        guard = self._guard(module, sensitivity)
         try:
             return ClipFreeOptimizer(
                 optimizer,
@@ -244,6 +238,15 @@ class ClipFreeEngine:
         except Exception:
             guard.remove()
             raise
+
+    def _guard(self, module: nn.Module, sensitivity: StepSensitivity) -> Guard:
+        return Guard(
+            module,
+            sensitivity.domain,
+            sensitivity.cotangent * (1 / sensitivity.loss.copies),
+            copies=sensitivity.loss.copies,
+            arithmetic=Arithmetic(sensitivity.graph, input_like(sensitivity.model, sensitivity.domain)),
+        )
 
     def get_epsilon(self, delta: float | None = None) -> float:
         """Proven epsilon of the steps taken so far, at ``delta`` (default: the plan's); ``inf`` without noise.

@@ -111,7 +111,7 @@ class Guard:
             part.passes = 0
         self._used = []
         self._checked: set[int] = set()  # numbers of backward calls
-        self._arrivals: set[int] = set()
+        self._arrivals: dict[int, set[int]] = {}  # by parameter, those that reached it
 
     @property
     def backward_passes(self) -> int:
@@ -163,7 +163,7 @@ class Guard:
                 f"step: expected the parts of one Poisson draw, got backward passes on {len(draws)} draws; "
                 "an example in two of them would count twice, call zero_grad() before each draw"
             )
-        unchecked = len(self._arrivals - self._checked)
+        unchecked = len(set().union(*self._arrivals.values()) - self._checked)
         if unchecked:
             raise PlanError(
                 "step: expected gradients from one call of the private module in training mode, "
@@ -195,7 +195,7 @@ class Guard:
 
     def _arrived(self, p: Tensor) -> None:
         if self.active:
-            self._arrivals.add(torch._C._current_graph_task_id())
+            self._arrivals.setdefault(id(p), set()).add(torch._C._current_graph_task_id())
 
     @torch.no_grad()
     def _check_cotangent(self, part: Part, g: Tensor) -> None:
