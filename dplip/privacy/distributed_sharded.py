@@ -181,7 +181,14 @@ class ShardedOptimizer(DistributedOptimizer):
 
     sensitivity: ShardedSensitivity
     _collective_backward = True
-    _unsynchronised = False
+    _kept_back = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._synchronised: set[str] = set()
+        for name, p in self.sensitivity.trainable.items():
+            # FSDP runs these hooks when a shard's gradient has been reduced
+            p.register_post_accumulate_grad_hook(lambda _, name=name: self._synchronised.add(name))
 
     def project_(self) -> None:
         if not self.sensitivity.live:  # inside attach, where no rank may wait for another
@@ -190,12 +197,15 @@ class ShardedOptimizer(DistributedOptimizer):
         super().project_()
         self.sensitivity.twin.scatter_()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._synchronised.clear()
+
     def _check_summed(self) -> None:
-        arrived = {name for name, p in self.sensitivity.trainable.items() if id(p) in self.guard._arrivals}
         due = {name for name, t in self._noted.items() if t.bound > 0} if self.guard.backward_passes else set()
         # What FSDP keeps back it would add to a later step, beyond the reach of zero_grad.
-        self._unsynchronised |= not due <= arrived
-        if self._unsynchronised:
+        self._kept_back |= not due <= self._synchronised
+        if self._kept_back:
             raise PlanError(
                 "step: expected FSDP to sum every gradient in backward, got gradients kept back; leave "
                 "set_requires_gradient_sync(True) and restart from the last checkpoint"
@@ -207,14 +217,15 @@ class ShardedOptimizer(DistributedOptimizer):
     def _release(self, gradients: dict[str, Tensor], sigma: dict[str, float]) -> None:
         from torch.distributed.tensor import DTensor
 
-        for name in sigma:
-            p = self.sensitivity.trainable[name]
-            noisy = self.noise.add_(gradients[name], sigma[name]).div_(self.expected_batch_size)
-            q = cast(Any, p)
+        shards = [gradients[name] for name in sigma]
+        self.noise.release_(shards, list(sigma.values()), self.expected_batch_size)
+        for name, shard in zip(sigma, shards, strict=True):
+            p = cast(Any, self.sensitivity.trainable[name])
             p.grad = DTensor.from_local(
-                noisy, q.device_mesh, q.placements, run_check=False, shape=p.shape, stride=p.stride()
+                shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
             )
         self.released_sigma = sigma
+        self._synchronised.clear()
 
 
 def _local(t: Tensor) -> Tensor:

@@ -31,11 +31,13 @@ class Died(Exception):
     """A rank ended without an answer; its argument is the exit code."""
 
 
-def _entry(rank: int, world: int, store: str, answer: Connection, function: Callable[..., Any], args: Any) -> None:
+def _entry(
+    rank: int, world: int, store: str, backend: str, answer: Connection, function: Callable[..., Any], args: Any
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform.startswith("linux") else "lo0"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         value: Any = function(rank, *args)
     except Exception as error:
@@ -47,14 +49,16 @@ def _entry(rank: int, world: int, store: str, answer: Connection, function: Call
         dist.destroy_process_group()
 
 
-def run(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
+def run(function: Callable[..., Any], *args: Any, world: int = 2, backend: str = "gloo") -> list[Any]:
     """``function(rank, *args)`` on every rank; what each returned, raised, or :class:`Died`."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes, ends = [], []
         for rank in range(world):
             mine, theirs = _context.Pipe(duplex=False)
-            process = _context.Process(target=_entry, args=(rank, world, store, theirs, function, args), daemon=True)
+            process = _context.Process(
+                target=_entry, args=(rank, world, store, backend, theirs, function, args), daemon=True
+            )
             process.start()
             theirs.close()
             processes.append(process)
@@ -81,9 +85,9 @@ def run(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
     return answers
 
 
-def values(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
+def values(function: Callable[..., Any], *args: Any, world: int = 2, backend: str = "gloo") -> list[Any]:
     """:func:`run` where every rank is expected to return."""
-    answers = run(function, *args, world=world)
+    answers = run(function, *args, world=world, backend=backend)
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer

@@ -48,7 +48,7 @@ def laid_out(module: nn.Module, layout: str) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
         fully_shard(module[2], mesh=mesh)
         fully_shard(module, mesh=mesh)
     return module
@@ -56,7 +56,7 @@ def laid_out(module: nn.Module, layout: str) -> nn.Module:
 
 def whole(t: Tensor) -> Tensor:
     full: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
-    return full.detach().clone()
+    return full.detach().cpu().clone()
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -70,9 +70,10 @@ def train(
     optimizer = SGD(module.parameters(), 0.5, momentum=0.9)
     _, private, loader = engine.attach(module, optimizer, dataset(), loss, settings, DOMAIN)
     record: dict[str, Any] = {"drawn": [], "grads": [], "sigma": []}
+    device = next(module.parameters()).device
     for step in range(STEPS):
         index = loader.sampler.draw() if batches is None else batches[step]
-        x, y = loader.batch(index)
+        x, y = (t.to(device) for t in loader.batch(index))
         private.zero_grad()
         loss(module(x), y).backward()
         private.step()
@@ -93,15 +94,17 @@ RUNS = {
 }
 
 
-def once(engine: ClipFreeEngine, layout: str, name: str, batches: list[Tensor] | None = None) -> dict[str, Any]:
+def once(
+    engine: ClipFreeEngine, layout: str, name: str, batches: list[Tensor] | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     settings, adaptive = RUNS[name]
     loss = AdaptiveLogitClip(CrossEntropy(4.0), 0.9, norm="l2", every=2) if adaptive else CrossEntropy(4.0)
-    record = train(engine, laid_out(mixed_net(), layout), loss, settings, batches)
+    record = train(engine, laid_out(mixed_net().to(device), layout), loss, settings, batches)
     return record | {"bound": loss.bound if adaptive else None}
 
 
-def train_ranks(rank: int, layout: str) -> dict[str, dict[str, Any]]:
-    return {name: once(DistributedClipFreeEngine(insecure_seed=5), layout, name) for name in RUNS}
+def train_ranks(rank: int, layout: str, device: str = "cpu") -> dict[str, dict[str, Any]]:
+    return {name: once(DistributedClipFreeEngine(insecure_seed=5), layout, name, device=device) for name in RUNS}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -110,11 +113,11 @@ def runs(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, dict[str, 
     return request.param, values(train_ranks, request.param)
 
 
-def alone(records: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def alone(records: list[dict[str, Any]], name: str, device: str = "cpu") -> dict[str, Any]:
     """One process on the union of the ranks' batches."""
     drawn = [torch.cat([r["drawn"][step] for r in records]) for step in range(STEPS)]
     assert all(len(index) == len(index.unique()) for index in drawn)
-    return once(ClipFreeEngine(insecure_seed=5), "plain", name, [index.sort()[0] for index in drawn])
+    return once(ClipFreeEngine(insecure_seed=5), "plain", name, [index.sort()[0] for index in drawn], device)
 
 
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -164,19 +167,21 @@ def test_a_loop_without_batches_spends_all_the_same() -> None:
 WIDE = 2000
 
 
-def measure_noise(rank: int, layout: str, mutation: str | None) -> list[float]:
+def measure_noise(rank: int, layout: str, mutation: str | None, device: str = "cpu") -> list[float]:
     """Mean square of released noise over what the plan asks for, per tensor, and the overlap of both halves."""
     if mutation == "every rank":  # each rank noises what it contributes
         quiet = ReplicatedOptimizer._release
 
         def loud(self: ReplicatedOptimizer, gradients: dict[str, Tensor], sigma: dict[str, float]) -> None:
-            quiet(self, {n: self.noise.add_(g, sigma[n] * (rank > 0)) for n, g in gradients.items()}, sigma)
+            quiet(self, {n: self.noise.add_(g.clone(), sigma[n] * (rank > 0)) for n, g in gradients.items()}, sigma)
 
         ReplicatedOptimizer._release = loud  # type: ignore[method-assign]
     if mutation == "nobody":
         Ranks.first = property(lambda self: False)  # type: ignore[assignment, method-assign]
     torch.manual_seed(1)
-    module = nn.Sequential(NormalizedLinear(DIM, WIDE), GroupSort(2), NormalizedLinear(WIDE, CLASSES)).double()
+    module = (
+        nn.Sequential(NormalizedLinear(DIM, WIDE), GroupSort(2), NormalizedLinear(WIDE, CLASSES)).double().to(device)
+    )
     module = laid_out(nn.Sequential(*module[:2], module[2:]), layout)
     engine = DistributedClipFreeEngine(insecure_seed=None if mutation else 11)
     settings = plan(sampling_prob=1e-9, population=10**6, steps=40, noise_multiplier=2.0)
@@ -185,7 +190,7 @@ def measure_noise(rank: int, layout: str, mutation: str | None) -> list[float]:
     )
     squares, draws, lag, halves, last = {}, 0, 0.0, 0.0, None
     for _ in range(settings.steps):
-        x, y = loader.batch(loader.sampler.draw())
+        x, y = (t.to(device) for t in loader.batch(loader.sampler.draw()))
         assert len(x) == 0
         private.zero_grad()
         CrossEntropy()(module(x), y).backward()
