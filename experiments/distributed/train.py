@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 experiments/distributed/train.py --seeds 5 --against runs/one.json
 
 ``--layout`` spreads the model: plain (replicas, summed in the step), ddp (replicas, summed in backward) or fsdp2
-(shards). With ``--out`` every epoch ends in a checkpoint, and a restart (torchrun's ``--max-restarts``) goes on from it:
+(shards). With ``--out`` every epoch ends in a checkpoint and a restart (torchrun's ``--max-restarts``) goes on from it:
 the steps after it were lost with the processes, and are taken again with fresh batches and fresh noise.
 Noise and batches are seeded by the operating system; ``--seeds`` repeats with other initial weights.
 """
@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,13 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from dplip import CrossEntropy, DistributedClipFreeEngine, InputDomain
+from dplip import CrossEntropy, DistributedClipFreeEngine, InputDomain, PrivacyPlan
 from dplip.checkpoint import load_checkpoint, save_checkpoint
 from dplip.data import digits
 from dplip.errors import DplipError
 from dplip.layers import BallClip, Flatten, MaxMin, NormalizedLinear, Shift
 
 LAYOUTS = ("plain", "ddp", "fsdp2")
+RATE, Z = 0.2, 3.555
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -59,20 +61,20 @@ def network(seed: int, layout: str, device: str) -> nn.Module:
     return fully_shard(model, mesh=init_device_mesh(device.split(":")[0], (dist.get_world_size(),)))
 
 
-def train(seed: int, args: argparse.Namespace, device: str) -> dict[str, float]:
-    """One private run; what it returns is the same on every rank."""
+def train(seed: int, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """One private run; every rank returns the same."""
     data, loss = digits(), CrossEntropy(temperature=4.0)
     model = network(seed, args.layout, device)
     engine = DistributedClipFreeEngine()
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model, private, loader = engine.make_private_with_epsilon(
+    optimizer = SGD(model.parameters(), lr=RATE, momentum=0.9)
+    model, private, loader = engine.make_private(
         module=model,
         optimizer=optimizer,
         data_loader=DataLoader(TensorDataset(*data.train), batch_size=400),  # the expected batch of all ranks together
         loss=loss,
-        target_epsilon=args.epsilon,
-        target_delta=1e-4,
+        noise_multiplier=args.noise_multiplier,
         epochs=args.epochs,
+        delta=1e-4,
         population=1437,
         domain=InputDomain((1, 8, 8), lower=0.0, upper=1.0, reference=0.3),
     )
@@ -85,6 +87,8 @@ def train(seed: int, args: argparse.Namespace, device: str) -> dict[str, float]:
         )
     while private.steps_taken < private.plan.steps:
         for x, y in loader:
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * (1 - private.steps_taken / private.plan.steps)
             private.zero_grad()
             loss(model(x.to(device)), y.to(device)).backward()
             private.step()
@@ -97,15 +101,17 @@ def train(seed: int, args: argparse.Namespace, device: str) -> dict[str, float]:
     model.eval()
     with torch.no_grad():
         right = (model(data.test.x.to(device)).argmax(1).cpu() == data.test.y).double().mean()
-    return {"accuracy": right.item(), "epsilon": engine.get_epsilon(), "steps": float(private.steps_taken)}
+    return {"accuracy": right.item(), "steps": private.steps_taken, "plan": private.plan.to_dict()}
 
 
-def summary(runs: list[dict[str, float]]) -> str:
+def summary(runs: list[dict[str, Any]]) -> str:
+    """One line on runs that share a plan."""
+    epsilon = PrivacyPlan.from_dict(runs[0]["plan"]).epsilon(runs[0]["steps"])
     accuracies = [100 * r["accuracy"] for r in runs]
     spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
     return (
-        f"accuracy {statistics.mean(accuracies):.2f} +- {spread:.2f} %, epsilon {runs[0]['epsilon']:.6f}, "
-        f"{runs[0]['steps']:.0f} steps, {len(runs)} seeds"
+        f"accuracy {statistics.mean(accuracies):.2f} +- {spread:.2f} %, epsilon {epsilon:.6f}, "
+        f"{runs[0]['steps']} steps, {len(runs)} seeds"
     )
 
 
@@ -114,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, default="plain")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--epsilon", type=float, default=3.0)
+    parser.add_argument("--noise-multiplier", type=float, default=Z, help=f"{Z} is epsilon 3 after 25 epochs")
     parser.add_argument("--json", type=Path, help="write the runs here")
     parser.add_argument("--against", type=Path, help="compare with the runs written there")
     parser.add_argument("--out", type=Path, help="folder of checkpoints")
