@@ -136,7 +136,7 @@ def restore_ledger(engine: ClipFreeEngine, state: dict[str, Any]) -> None:
             "taken since would be forgotten, load it into a new engine"
         )
     engine.accountant.load_state_dict(ledger)
-    engine.optimizer.steps_taken = steps
+    engine.optimizer.continue_from(steps)
     engine.optimizer.noise.continue_from(steps)
     engine.loader.sampler.continue_from(steps)
 

@@ -62,6 +62,7 @@ class ClipFreeOptimizer(Optimizer):
         self.plan, self.sensitivity, self.accountant = plan, sensitivity, accountant
         self.noise, self.guard = noise, guard
         self.steps_taken = 0
+        self._announced: float | None = None  # what a noise scheduler assigned last
         self.released_sigma: dict[str, float] = {}  # of the last step's sum, per tensor; public
         self._names = {id(p): name for name, p in sensitivity.trainable.items()}
         self._projected = [m for m in sensitivity.model.modules() if isinstance(m, LipschitzLayer)]
@@ -127,21 +128,28 @@ class ClipFreeOptimizer(Optimizer):
 
     @property
     def noise_multiplier(self) -> float:
-        """The plan's noise multiplier for the coming step.
+        """The plan's noise multiplier for the coming step, or what a noise scheduler assigned last.
 
-        Assigning it, as Opacus' noise schedulers do, is allowed where it agrees with the plan: noise that the plan did
-        not announce would not be what its epsilon was calibrated for.
+        Assigning it, as Opacus' noise schedulers do, is allowed where it agrees with the plan, and a step is refused
+        where it no longer does: noise that the plan did not announce would not be what its epsilon was calibrated for.
         """
-        return self.plan.multiplier(self.steps_taken)
+        return self.plan.multiplier(self.steps_taken) if self._announced is None else self._announced
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        planned = self.noise_multiplier
+        planned = self.plan.multiplier(self.steps_taken)
         if not math.isclose(value, planned, rel_tol=1e-9, abs_tol=0.0):
             raise PlanError(
                 f"optimizer: expected the planned noise multiplier {planned:g} for step {self.steps_taken}, got "
                 f"{value!r}; give the schedule to make_private(noise_schedule=...), so that epsilon covers it"
             )
+        self._announced = float(value)
+
+    def continue_from(self, steps: int) -> None:
+        """Stand where a run stands after ``steps`` steps; a noise scheduler goes on from its multiplier there."""
+        self.steps_taken = steps
+        if self._announced is not None:
+            self.noise_multiplier = self.plan.multiplier(steps)
 
     @property
     def expected_batch_size(self) -> float:
@@ -250,6 +258,8 @@ class ClipFreeOptimizer(Optimizer):
             raise PlanError(
                 f"step: expected at most {self.plan.steps} steps, got one more; the privacy budget of the plan is spent"
             )
+        if self._announced is not None:
+            self.noise_multiplier = self._announced  # refused where the plan has moved on
         self._check_parameters()
         loss = self._closed(closure)
         for p in self.sensitivity.trainable.values():
@@ -279,7 +289,7 @@ class ClipFreeOptimizer(Optimizer):
 
     def _gradient_multiplier(self) -> float:
         """What the plan's multiplier leaves for the gradient when the clip quantile is released with it."""
-        z, adaptive = self.noise_multiplier, self._adaptive
+        z, adaptive = self.plan.multiplier(self.steps_taken), self._adaptive
         return z if adaptive is None else adaptive.gradient_multiplier(z, self.steps_taken)
 
     def _refresh_clip(self, step: int) -> None:

@@ -147,7 +147,11 @@ def test_schedulers_that_assign_the_multiplier_may_follow_the_plan_and_not_leave
     for wrong in (0.9**3, 0.9**5, 2.0, 0.0, math.nan):
         with pytest.raises(PlanError, match="noise_schedule="):
             optimizer.noise_multiplier = wrong
-    assert optimizer.noise_multiplier == pytest.approx(0.9**4)
+    assert optimizer.noise_multiplier == pytest.approx(0.9**3)  # assigned last, for a step that is over
+    with pytest.raises(PlanError, match="noise_schedule="):
+        optimizer.step()
+    optimizer.noise_multiplier = 0.9 * optimizer.noise_multiplier
+    optimizer.step()
 
 
 def test_resumed_run_goes_on_in_the_schedule() -> None:

@@ -11,7 +11,19 @@ The only folder of dplip that imports opacus::
 from dplip.interop.opacus.findings import Finding
 from dplip.interop.opacus.fixes import fix
 from dplip.interop.opacus.ledgers import ProvenAccountant, accountant, from_opacus, to_opacus
+from dplip.interop.opacus.loops import data_loader, noise_schedule
 from dplip.interop.opacus.probe import validate
 from dplip.interop.opacus.samplers import prepare
 
-__all__ = ["Finding", "ProvenAccountant", "accountant", "fix", "from_opacus", "prepare", "to_opacus", "validate"]
+__all__ = [
+    "Finding",
+    "ProvenAccountant",
+    "accountant",
+    "data_loader",
+    "fix",
+    "from_opacus",
+    "noise_schedule",
+    "prepare",
+    "to_opacus",
+    "validate",
+]
