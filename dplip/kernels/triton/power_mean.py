@@ -24,7 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BACKWARD_CONFIGS", "CONFIGS", "backward", "forward", "ghost_factor", "per_sample_weight_grad"]
+from dplip.kernels.dispatch import interpreted
+
+__all__ = ["BACKWARD_CONFIGS", "CONFIGS", "backward", "forward", "ghost_norm", "weight_grad"]
 
 
 class Config(NamedTuple):
@@ -52,10 +54,11 @@ CONFIGS = (  # forward: rm x tm examples by rn x tn neurons; estimated from the 
 BACKWARD_CONFIGS = (  # rm x tm examples by rn x tn coordinates, bk neurons at once
     Config(16, 2, 4, 32, 4, 2, 3),
     Config(16, 2, 8, 32, 4, 2, 1),
-    Config(16, 1, 8, 32, 4, 2, 2),
-    Config(16, 2, 4, 32, 2, 3, 3),
+    Config(32, 1, 4, 32, 4, 2, 3),
+    Config(32, 1, 2, 64, 4, 2, 2),
 )
-FINISH = Config(4, 8, 16, 8, 4, 2, 3)
+FINISH = Config(2, 4, 16, 8, 8, 2, 4)  # small: most often there is nothing to do anew
+INTERPRETED = tl.constexpr(interpreted())  # inline assembly is not interpreted
 WHOLE = 100  # exponents above take the maximum first: s t to that power leaves the range too easily
 UNSCALED = 8  # exponents up to here need no scale: distances in [4e-4, 1e4] are in range as they are
 PARTS = 1 << 27  # numbers of the weight gradient kept before they are summed: 512 MiB
@@ -74,29 +77,52 @@ def _power(t, P: tl.constexpr):
 
 
 @triton.jit
-def _mean_term(t, p, P: tl.constexpr):
-    """``|t|^p``; ``P`` is p where it is a compile-time integer, else 0."""
-    if P == 0:
-        return tl.exp2(p * tl.log2(tl.abs(t)))
-    if P % 2 == 1:
-        t = tl.abs(t)
-    return _power(t, P)
+def _log2(a, P: tl.constexpr):
+    """Base-2 logarithm: the chip's for ``P`` = 0, off by at most 2^-22 below 2; the slow exact one for ``P`` = -1."""
+    if P < 0 or INTERPRETED:
+        result = tl.log2(a)
+    else:
+        result = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [a], tl.float32, is_pure=True, pack=1)
+    return result
 
 
 @triton.jit
-def _row_term(u, p, P: tl.constexpr):
-    """``sign(u) |u|^(p-1)``, its last product left to be fused with a sum."""
-    if P == 0:
-        size = tl.exp2((p - 1) * tl.log2(tl.abs(u)))
-        return tl.where(u < 0, -size, size)
-    if P == 2:
-        return u
-    if P % 2 == 1:  # the odd power below carries the sign
-        return _power(u, P - 2) * tl.abs(u)
-    if P > 4 and P % 3 == 1:  # u^(p-1) = (u^3)^((p-1)/3): two products less at p = 64
-        cube = u * u * u
-        return _power(cube, (P - 1) // 3 - 1) * cube
-    return _power(u, P - 2) * u
+def _add_power(total, t, p, P: tl.constexpr):
+    """``total + |t|^p``; ``P`` as :func:`_exponent` gives it."""
+    if P <= 0:
+        result = total + tl.exp2(p * _log2(tl.abs(t), P))
+    elif P % 2 == 0:
+        half = _power(t, P // 2)
+        result = tl.fma(half, half, total)
+    else:
+        result = tl.fma(_power(t, P - 1), tl.abs(t), total)
+    return result
+
+
+@triton.jit
+def _row_factors(u, p, P: tl.constexpr):
+    """Two factors of ``sign(u) |u|^(p-1)``, for their product to be fused with a sum."""
+    if P <= 0:  # the logarithm is lowered by its error, so no row exceeds its bound on its account
+        log = _log2(tl.abs(u), P) - (2.4e-7 if P == 0 else 0.0)
+        first, second = tl.where(u < 0, -1.0, 1.0), tl.exp2((p - 1) * log)
+    elif P == 2:
+        first, second = u, tl.full(u.shape, 1.0, tl.float32)
+    elif P % 2 == 1:  # the odd power carries the sign
+        first, second = _power(u, P - 2), tl.abs(u)
+    elif P > 4 and P % 3 == 1:  # u^(p-1) = (u^3)^((p-1)/3): two products less at p = 64
+        second = u * u * u
+        first = _power(second, (P - 1) // 3 - 1)
+    else:
+        first, second = _power(u, P - 2), u
+    return first, second
+
+
+@triton.jit
+def _halves(v, N: tl.constexpr):
+    """``v`` [N, R, T] as two of N / 2: ways of naming registers, which cost nothing."""
+    R: tl.constexpr = v.shape[1]
+    T: tl.constexpr = v.shape[2]
+    return tl.split(tl.permute(tl.reshape(v, (2, N // 2, R, T)), (1, 2, 3, 0)))
 
 
 @triton.jit
@@ -107,13 +133,56 @@ def _rows(pid, n, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _differences(x_at, w_at, k, end, EVEN: tl.constexpr):
-    """``x - w`` [BK, RM, RN, TM, TN] at coordinates ``k`` [BK, 1, 1]; 0 from ``end`` on."""
+def _tiles(x_at, w_at, k, end, EVEN: tl.constexpr):
+    """``x`` [BK, RM, TM] and ``w`` [BK, RN, TN] at coordinates ``k`` [BK, 1, 1]; 0 from ``end`` on."""
     if EVEN:
         a, b = tl.load(x_at + k), tl.load(w_at + k)
     else:
         a, b = tl.load(x_at + k, mask=k < end, other=0), tl.load(w_at + k, mask=k < end, other=0)
-    return a.to(tl.float32)[:, :, None, :, None], b.to(tl.float32)[:, None, :, None, :]
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _outer(a, b):
+    """``a`` [1, RM, TM] and ``b`` [1, RN, TN] shaped to meet in [RM, RN, TM, TN]."""
+    RM: tl.constexpr = a.shape[1]
+    TM: tl.constexpr = a.shape[2]
+    RN: tl.constexpr = b.shape[1]
+    TN: tl.constexpr = b.shape[2]
+    return tl.reshape(a, (RM, 1, TM, 1)), tl.reshape(b, (1, RN, 1, TN))
+
+
+@triton.jit
+def _largest(top, a, b, N: tl.constexpr):
+    """``top`` against ``|a - b|`` for N coordinates."""
+    if N == 1:
+        m, n = _outer(a, b)
+        result = tl.maximum(top, tl.abs(m - n))
+    else:
+        a0, a1 = _halves(a, N)
+        b0, b1 = _halves(b, N)
+        result = _largest(_largest(top, a0, b0, N // 2), a1, b1, N // 2)
+    return result
+
+
+@triton.jit
+def _add_powers(total, a, b, scale, lift, p, P: tl.constexpr, FORM: tl.constexpr, N: tl.constexpr):
+    """``total`` plus N coordinates' ``|t|^p``: ``t = a - b`` (FORM 0), ``scale a + b`` (1), ``(a - b) lift scale`` (2)."""
+    if N == 1:
+        m, n = _outer(a, b)
+        if FORM == 0:
+            t = m - n
+        elif FORM == 1:
+            t = tl.fma(m, scale, n)
+        else:
+            t = (m - n) * lift * scale
+        result = _add_power(total, t, p, P)
+    else:
+        a0, a1 = _halves(a, N)
+        b0, b1 = _halves(b, N)
+        result = _add_powers(total, a0, b0, scale, lift, p, P, FORM, N // 2)
+        result = _add_powers(result, a1, b1, scale, lift, p, P, FORM, N // 2)
+    return result
 
 
 @triton.jit
@@ -142,8 +211,8 @@ def _power_mean_forward_kernel(
         top = tl.zeros((RM, RN, TM, TN), tl.float32)
         for j in range(8):  # the same sample in every span, so the spans of a tile have one scale
             k = (j * I // 8) // BK * BK
-            a, b = _differences(x_at, w_at, k, I - step, False)
-            top = tl.maximum(top, tl.max(tl.abs(a - b), 0))
+            a, b = _tiles(x_at, w_at, k, I - step, False)
+            top = _largest(top, a, b, BK)
         scale = _power_of_two(tl.max(tl.reshape(top, (RM * RN * TM * TN,)), 0))
         if tl.program_id(2) == 0:
             tl.store(scales + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)
@@ -151,11 +220,25 @@ def _power_mean_forward_kernel(
     start = tl.program_id(2) * span
     end = tl.minimum(start + span, I)
     for k in tl.range(start, end, BK, num_stages=STAGES):
-        a, b = _differences(x_at, w_at, k, end - step, EVEN)
-        t = tl.fma(a, scale, -(b * scale)) if SCALED else a - b
-        total += tl.sum(_mean_term(t, 0.0, P), 0)
+        a, b = _tiles(x_at, w_at, k, end - step, EVEN)
+        if SCALED:
+            total = _add_powers(total, a, -scale * b, scale, scale, 0.0, P, 1, BK)
+        else:
+            total = _add_powers(total, a, b, scale, scale, 0.0, P, 0, BK)
     at = (tl.program_id(2).to(tl.int64) * B + rows.to(tl.int64)[:, None, :, None]) * O + cols[None, :, None, :]
     tl.store(sums + at, total, mask=(rows < B)[:, None, :, None] & (cols < O)[None, :, None, :])
+
+
+@triton.jit
+def _root(mean, p, P: tl.constexpr):
+    """``mean^(1/p)``, square roots where they do; float64 elsewhere, as p-th roots of float32 lose digits to the log."""
+    if P == 2 or P == 4 or P == 8 or P == 16 or P == 32 or P == 64:
+        result = tl.sqrt_rn(mean)
+        if P > 2:
+            result = _root(result, p, P // 2)
+    else:
+        result = tl.exp2(tl.log2(mean.to(tl.float64)) / p).to(tl.float32)
+    return result
 
 
 @triton.jit
@@ -173,11 +256,10 @@ def _power_mean_finish_kernel(
     value = tl.zeros((RM, RN, TM, TN), tl.float32)
     good = value > 0
     if not WHOLE:
-        total = tl.zeros((RM, RN, TM, TN), tl.float64)
         for s in range(spans):
-            total += tl.load(sums + (b + s * tl.cast(B, tl.int64)) * O + o, mask=inside, other=1).to(tl.float64)
-        good = (total < float("inf")) & (total >= I * 5.0e-31)  # 2^-102 = 1.97e-31
-        value = tl.exp2(tl.log2(total / I) / p).to(tl.float32)
+            value += tl.load(sums + (b + s * tl.cast(B, tl.int64)) * O + o, mask=inside, other=1)
+        good = (value < float("inf")) & (value >= I * 1.9721522630525295e-31)  # 2^-102
+        value = _root(value / I, p, P)
         if SCALED:
             value /= tl.load(scales + (b // TILE_M) * tl.cdiv(O, TILE_N) + o // TILE_N, mask=inside, other=1)
     if tl.max(tl.reshape((inside & (good == 0)).to(tl.int32), (RM * RN * TM * TN,)), 0) > 0:
@@ -186,15 +268,15 @@ def _power_mean_finish_kernel(
         w_at = w + cols_in.to(tl.int64)[None] * stride_w + step
         top = tl.zeros((RM, RN, TM, TN), tl.float32)
         for k in tl.range(0, I, BK, num_stages=STAGES):
-            m, n = _differences(x_at, w_at, k, I - step, EVEN)
-            top = tl.maximum(top, tl.max(tl.abs(m - n), 0))
+            m, n = _tiles(x_at, w_at, k, I - step, EVEN)
+            top = _largest(top, m, n, BK)
         lift = tl.where(top < 5.4e-20, 18446744073709551616.0, 1.0)  # 2^64: the inverse of a subnormal overflows
         inverse = tl.where(top > 0, 1 / (top * lift), 0.0)
         mean = tl.zeros((RM, RN, TM, TN), tl.float32)
         for k in tl.range(0, I, BK, num_stages=STAGES):
-            m, n = _differences(x_at, w_at, k, I - step, EVEN)
-            mean += tl.sum(_mean_term((m - n) * lift * inverse, p, P), 0)
-        redone = top * tl.exp2(tl.log2(mean.to(tl.float64) / I) / p).to(tl.float32)
+            m, n = _tiles(x_at, w_at, k, I - step, EVEN)
+            mean = _add_powers(mean, m, n, inverse, lift, p, P, 2, BK)
+        redone = top * _root(mean / I, p, P)
         # Where the maximum is 0 the root of 0 is not asked for; NaN differences reach the mean even then.
         value = tl.where(good, value, tl.where((top > 0) | (mean != mean), redone, 0.0))
     tl.store(y + b * O + o, value, mask=inside)
@@ -207,7 +289,7 @@ def _power_mean_coefficient_kernel(
 ):  # fmt: skip
     """What multiplies differences in the backward kernels, [rows, columns]: zero outside B x O and where ``y`` is 0.
 
-    ``P`` > 0: ``a`` of the module's docstring; ``UNIT`` or ``P`` = 0: ``a = 1 / ||x - w||_p``, ``q = dy I^(-1/p)``.
+    ``P`` > 0: ``a`` of the module's docstring; ``UNIT`` or ``P`` <= 0: ``a = 1 / ||x - w||_p``, ``q = dy I^(-1/p)``.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b, o = at // columns, at % columns
@@ -219,7 +301,7 @@ def _power_mean_coefficient_kernel(
         result = tl.exp2(-norm).to(tl.float32)
     else:
         g = tl.load(dy + b * stride_dy + o, mask=inside, other=0).to(tl.float32)
-        if P == 0:
+        if P <= 0:
             result = tl.exp2(-norm).to(tl.float32)
             tl.store(q + at, g * tl.exp2(-mean).to(tl.float32), mask=b < rows)
         else:
@@ -232,12 +314,40 @@ def _power_mean_coefficient_kernel(
 
 @triton.jit
 def _cotangents(t, a, q, p, P: tl.constexpr):
-    """``dy r`` for differences ``t`` and the coefficients of their outputs."""
+    """Two factors of ``dy r`` for differences ``t`` and the coefficients of their outputs."""
     if P > 0:
-        return _row_term(t * a, p, P)
-    share = tl.abs(t) * a
-    share = tl.where(share > 1, 1.0, share)
-    return q * _row_term(tl.where(t < 0, -share, share), p, P)
+        first, second = _row_factors(t * a, p, P)
+    else:
+        share = tl.abs(t) * a
+        share = tl.where(share > 1, 1.0, share)  # unlike a minimum, keeps NaN
+        first, second = _row_factors(tl.where(t < 0, -share, share), p, P)
+        first *= q
+    return first, second
+
+
+@triton.jit
+def _add_gradients(
+    grad, here, there, a, q, p, P: tl.constexpr, WANT_X: tl.constexpr, WANT_W: tl.constexpr, N: tl.constexpr
+):
+    """``grad`` plus what N neurons add, and the sums [RN, TM, TN, N] over a thread's examples for these neurons.
+
+    The last axis is filled in bit-reversed order.
+    """
+    if N == 1:
+        coefficient, w = _outer(a, there)
+        weight = tl.reshape(q, coefficient.shape)
+        first, second = _cotangents(here - w, coefficient, weight, p, P)
+        if WANT_X:
+            grad = tl.fma(first, second, grad)
+        part = tl.expand_dims(tl.sum(first * second, 0), 3)
+    else:
+        there0, there1 = _halves(there, N)
+        a0, a1 = _halves(a, N)
+        q0, q1 = _halves(q, N)
+        grad, part0 = _add_gradients(grad, here, there0, a0, q0, p, P, WANT_X, WANT_W, N // 2)
+        grad, part1 = _add_gradients(grad, here, there1, a1, q1, p, P, WANT_X, WANT_W, N // 2)
+        part = tl.reshape(tl.join(part0, part1), (part0.shape[0], part0.shape[1], part0.shape[2], N))
+    return grad, part
 
 
 @triton.jit
@@ -250,25 +360,30 @@ def _power_mean_backward_kernel(
     rows, rows_in = _rows(tl.program_id(0), B, RM, TM)
     cols, cols_in = _rows(tl.program_id(1), I, RN, TN)
     b, i = rows.to(tl.int64)[:, None, :, None], cols[None, :, None, :]
-    here = tl.load(x + rows_in.to(tl.int64)[:, None, :, None] * stride_x + cols_in[None, :, None, :]).to(tl.float32)
+    here_at = x + rows_in.to(tl.int64)[:, None, :, None] * stride_x + cols_in[None, :, None, :]
+    # Said to Triton so that it lays threads out over the last two axes here too; nothing is vectorised on its account.
+    here_at = tl.multiple_of(tl.max_contiguous(here_at, (1, 1, 2, TN)), (4, 4, 4, 4))
+    here = tl.load(here_at).to(tl.float32)
     grad = tl.zeros((RM, RN, TM, TN), tl.float32)
     step = tl.arange(0, BK)[:, None, None]
+    reversed_step = tl.arange(0, BK)
+    if BK == 4:
+        reversed_step = (reversed_step & 1) * 2 + reversed_step // 2
+    elif BK == 8:
+        reversed_step = (reversed_step & 1) * 4 + (reversed_step & 2) + reversed_step // 4
     start = tl.program_id(2) * span
     for k in tl.range(start, tl.minimum(start + span, O), BK, num_stages=STAGES):
         neuron = k + step
         there = tl.load(w + tl.minimum(neuron, O - 1).to(tl.int64) * stride_w + cols_in[None]).to(tl.float32)
         coefficient = tl.load(a + rows.to(tl.int64)[None] * columns + neuron)
         weight = coefficient
-        if P == 0:
+        if P <= 0:
             weight = tl.load(q + rows.to(tl.int64)[None] * columns + neuron)
-        t = here[None] - there[:, None, :, None, :]
-        s = _cotangents(t, coefficient[:, :, None, :, None], weight[:, :, None, :, None], p, P)
-        if WANT_X:
-            grad += tl.sum(s, 0)
+        grad, part = _add_gradients(grad, here, there, coefficient, weight, p, P, WANT_X, WANT_W, BK)
         if WANT_W:
-            part = tl.sum(tl.sum(s, 1), 2)
-            at = (tl.program_id(0).to(tl.int64) * O + neuron) * I + cols[None]
-            tl.store(dw + at, -part, mask=(neuron < O) & (cols < I)[None])
+            o = k + reversed_step[None, None, :]
+            at = (tl.program_id(0).to(tl.int64) * O + o) * I + cols[:, :, None]
+            tl.store(dw + at, -tl.sum(part, 1), mask=(o < O) & (cols < I)[:, :, None])
     if WANT_X:
         tl.store(dx + (tl.program_id(2).to(tl.int64) * B + b) * I + i, grad, mask=(b < B) & (i < I))
 
@@ -286,9 +401,25 @@ def _power_mean_per_sample_kernel(
     t = t - tl.load(w + o.to(tl.int64) * stride_w + i, mask=inside, other=0).to(tl.float32)
     coefficient = tl.load(a + b * columns + o, mask=o < O, other=0)
     weight = coefficient
-    if P == 0:
+    if P <= 0:
         weight = tl.load(q + b * columns + o, mask=o < O, other=0)
-    tl.store(grad + (b * O + o) * I + i, -_cotangents(t, coefficient, weight, p, P), mask=inside)
+    first, second = _cotangents(t, coefficient, weight, p, P)
+    tl.store(grad + (b * O + o) * I + i, -first * second, mask=inside)
+
+
+@triton.jit
+def _add_squares(total, m, n, a, p, P: tl.constexpr, N: tl.constexpr):
+    """``total`` plus the squares of N coordinates' rows."""
+    if N == 1:
+        u, v = _outer(m, n)
+        first, second = _cotangents(u - v, a, 1.0, p, P)
+        row = first * second
+        result = tl.fma(row, row, total)
+    else:
+        m0, m1 = _halves(m, N)
+        n0, n1 = _halves(n, N)
+        result = _add_squares(_add_squares(total, m0, n0, a, p, P, N // 2), m1, n1, a, p, P, N // 2)
+    return result
 
 
 @triton.jit
@@ -308,9 +439,8 @@ def _power_mean_ghost_kernel(
     w_at = w + cols_in.to(tl.int64)[None] * stride_w + step
     total = tl.zeros((RM, RN, TM, TN), tl.float32)
     for k in tl.range(0, I, BK, num_stages=STAGES):
-        m, n = _differences(x_at, w_at, k, I - step, EVEN)
-        s = _cotangents(m - n, coefficient[None], 1.0, p, P)
-        total += tl.sum(s * s, 0)
+        m, n = _tiles(x_at, w_at, k, I - step, EVEN)
+        total = _add_squares(total, m, n, coefficient, p, P, BK)
     tl.store(factor + b * O + o, total, mask=inside)
 
 
@@ -332,14 +462,25 @@ def _spans(tiles: int, length: int, unit: int, slots: int) -> tuple[int, int]:
 
 
 def _inner(t: Tensor) -> Tensor:
-    """``t`` itself if its rows are contiguous."""
+    """``t`` itself if its rows are contiguous.
+
+    Raises:
+        TypeError: ``t`` is float64, which these kernels would round.
+    """
+    if t.dtype == torch.float64:
+        raise TypeError("power_mean: expected at most float32 for the Triton kernels, got float64; use the reference")
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _exponent(p: float) -> int:
-    """``p`` if compiled as an integer: powers of two and up to 64 multiplication wins against exp2 and log2; else 0."""
+    """``p`` where multiplication wins, compiled for it: whole up to 64, powers of two up to 1024.
+
+    Else 0, for exp2 and log2; -1 above 1024, where the chip's log2 is too coarse.
+    """
     whole = int(p) if p == int(p) else 0
-    return whole if whole <= 64 or (whole <= 1024 and whole & (whole - 1) == 0) else 0
+    if 0 < whole <= 64 or (whole <= 1024 and whole & (whole - 1) == 0):
+        return whole
+    return 0 if p <= 1024 else -1
 
 
 def _tile(config: Config) -> dict[str, Any]:
@@ -385,10 +526,10 @@ def _coefficients(
     unit = dy is y
     rows, columns = triton.cdiv(b, rows) * rows, triton.cdiv(o, 16) * 16
     a = torch.empty(rows, columns, device=y.device, dtype=torch.float32)
-    q = a if unit or power else torch.empty_like(a)
-    _power_mean_coefficient_kernel[(triton.cdiv(a.numel(), 1024),)](
+    q = a if unit or power > 0 else torch.empty(rows, columns, device=y.device, dtype=torch.float32)
+    _power_mean_coefficient_kernel[(triton.cdiv(a.numel(), 512),)](
         y=y, dy=dy, a=a, q=q, B=b, O=o, I=i, stride_y=y.stride(0), stride_dy=dy.stride(0), rows=rows,
-        columns=columns, p=p, P=power, UNIT=unit, BLOCK=1024, num_warps=4,
+        columns=columns, p=p, P=power, UNIT=unit, BLOCK=512, num_warps=4,
     )  # fmt: skip
     return a, q, {"columns": columns, "p": p, "P": power}
 
@@ -414,8 +555,8 @@ def backward(
         part = x[rows]
         grid = triton.cdiv(len(part), tile_m), triton.cdiv(i, tile_n)
         spans, span = _spans(grid[0] * grid[1], o, config.bk, _processors(x.device) * config.resident)
-        parts_x = x.new_empty(spans if want_x else 0, len(part), i, dtype=torch.float32)
-        parts_w = x.new_empty(grid[0] if want_w else 0, o, i, dtype=torch.float32)
+        parts_x = torch.empty(spans if want_x else 0, len(part), i, device=x.device, dtype=torch.float32)
+        parts_w = torch.empty(grid[0] if want_w else 0, o, i, device=x.device, dtype=torch.float32)
         _power_mean_backward_kernel[(*grid, spans)](
             x=part, w=w, a=a[rows], q=q[rows], dx=parts_x, dw=parts_w, B=len(part), O=o, I=i, stride_x=x.stride(0),
             stride_w=w.stride(0), span=span, WANT_X=want_x, WANT_W=want_w, **coefficients, **_tile(config),
@@ -427,7 +568,7 @@ def backward(
     return dx, dw
 
 
-def per_sample_weight_grad(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor:
+def weight_grad(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor:
     """Each example's float32 weight gradient [B, O, I]."""
     x, w = _inner(x), _inner(w)
     (b, i), o = x.shape, len(w)
@@ -441,8 +582,8 @@ def per_sample_weight_grad(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float
     return grad
 
 
-def ghost_factor(x: Tensor, w: Tensor, y: Tensor, p: float, config: Config = FINISH) -> Tensor:
-    """``sum_i (|x - w| / ||x - w||_p)^(2 (p-1))`` [B, O]: what ``dy^2`` is weighted with in an example's squared norm."""
+def ghost_norm(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float, config: Config = FINISH) -> Tensor:
+    """The float32 l_2 norm [B] of each example's weight gradient, which is not formed."""
     x, w = _inner(x), _inner(w)
     (b, i), o = x.shape, len(w)
     factor = torch.empty(b, o, device=x.device, dtype=torch.float32)
@@ -452,4 +593,4 @@ def ghost_factor(x: Tensor, w: Tensor, y: Tensor, p: float, config: Config = FIN
             x=x, w=w, a=a, factor=factor, B=b, O=o, I=i, stride_x=x.stride(0), stride_w=w.stride(0),
             EVEN=i % config.bk == 0, **coefficients, **_tile(config),
         )  # fmt: skip
-    return factor
+    return torch.linalg.vector_norm(factor.sqrt_().mul_(dy), dim=1).mul_(i ** (-1 / p))
