@@ -77,9 +77,9 @@ def _ghost_norm_reference(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float)
 
 
 register_triton("power_mean", "power_mean", "forward")
-register_triton("power_mean_backward", "power_mean", "backward")
-register_triton("power_mean_weight_grad", "power_mean", "weight_grad")
-register_triton("power_mean_ghost_norm", "power_mean", "ghost_norm")
+register_triton("power_mean_backward", "power_mean_gradient", "backward")
+register_triton("power_mean_weight_grad", "power_mean_gradient", "weight_grad")
+register_triton("power_mean_ghost_norm", "power_mean_gradient", "ghost_norm")
 
 
 def _run(operator: str, x: Tensor, *arguments: Any) -> Any:
@@ -117,9 +117,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(
-    x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float, want_x: bool, want_w: bool
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float, want_x: bool, want_w: bool) -> tuple[Tensor, Tensor]:
     return y.new_empty(x.shape if want_x else (0,)), y.new_empty(w.shape if want_w else (0,))
 
 

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from dplip.kernels import distance
-from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_rows
+from dplip.kernels.power_mean import (
+    power_mean,
+    power_mean_ghost_norm,
+    power_mean_interval,
+    power_mean_rows,
+    power_mean_weight_grad,
+)
 
 EXPONENTS = [2.0, 3.0, 8.0, 100.0, 1000.0]
 
@@ -55,6 +61,104 @@ def test_rows_stay_in_their_norms_at_extremes(p: float, dtype: torch.dtype) -> N
         assert float(rows.abs().sum(-1).max()) <= slack
         assert float(torch.linalg.vector_norm(rows, dim=-1).max()) <= d ** (-1 / p) * slack
         assert not rows[-1].any()  # x on top of w
+
+
+@pytest.mark.parametrize("p", [2.0, 8.0, 7.5])
+def test_per_example_gradients(p: float) -> None:
+    x, w = draw(4, 3, 6)
+    dy = torch.randn(4, 3, dtype=torch.float64)
+    x[0] = w[1]
+    grad = power_mean_weight_grad(x, w, p, dy)
+    for b in range(4):
+        (alone,) = torch.autograd.grad(power_mean(x[b : b + 1], w.requires_grad_(), p), w, dy[b : b + 1])
+        torch.testing.assert_close(grad[b], alone)
+    torch.testing.assert_close(power_mean_ghost_norm(x, w.detach(), p, dy), grad.flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    x, w = (v.to(dtype).requires_grad_() for v in draw(5, 4, 300))
+    full = [v.detach().float().requires_grad_() for v in (x, w)]
+    y, exact = power_mean(x, w, 100.0), power_mean(full[0], full[1], 100.0)
+    assert y.dtype == torch.float32 and torch.equal(y, exact)
+    for got, expected in zip(torch.autograd.grad(y.sum(), [x, w]), torch.autograd.grad(exact.sum(), full), strict=True):
+        assert got.dtype == dtype and torch.equal(got, expected.to(dtype))
+
+
+@pytest.mark.parametrize("p", [8.0, 7.5])
+def test_operators_are_well_formed(p: float) -> None:
+    x, w = draw(3, 4, 5)
+    y, dy = power_mean(x, w, p), torch.randn(3, 4, dtype=torch.float64)
+    operators = torch.ops.dplip
+    torch.library.opcheck(operators.power_mean.default, (x, w, p))
+    for wanted in [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(operators.power_mean_backward.default, (x, w, y, dy, p, *wanted))
+    torch.library.opcheck(operators.power_mean_weight_grad.default, (x, w, y, dy, p))
+    torch.library.opcheck(operators.power_mean_ghost_norm.default, (x, w, y, dy, p))
+
+
+def test_function_transforms() -> None:
+    x, w = draw(4, 3, 5)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return (power_mean(x, w, 8.0) * torch.arange(1.0, 4.0, dtype=x.dtype)).sum()
+
+    def one(w: Tensor, x: Tensor) -> Tensor:
+        return loss(x[None], w)
+
+    weighted = torch.arange(1.0, 4.0, dtype=x.dtype).expand(4, 3)
+    per_example = power_mean_weight_grad(x, w, 8.0, weighted)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(one), (None, 0))(w, x), per_example)
+    summed = torch.func.grad(lambda w: torch.func.vmap(one, (None, 0))(w, x).sum())(w)
+    torch.testing.assert_close(summed, per_example.sum(0))
+    jacobian = torch.func.jacrev(lambda x: power_mean(x, w, 8.0))(x)
+    rows = power_mean_rows(x[:, None] - w, power_mean(x, w, 8.0), 8.0)
+    torch.testing.assert_close(jacobian.diagonal(dim1=0, dim2=2).permute(2, 0, 1), rows)
+    of_weights = torch.func.jacrev(lambda w: power_mean(x, w, 8.0))(w)
+    torch.testing.assert_close(of_weights.diagonal(dim1=1, dim2=2).permute(0, 2, 1), -rows)
+
+
+def test_maps_over_anything() -> None:
+    x, w = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 6, 5, dtype=torch.float64)
+    for dims, alone in [
+        ((0, 0), lambda n: (x[n], w[n])),
+        ((0, None), lambda n: (x[n], w[0])),
+        ((None, 0), lambda n: (x[0], w[n])),
+    ]:
+        operands = (x if dims[0] == 0 else x[0], w if dims[1] == 0 else w[0])
+
+        def gradients(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.grad(lambda x, w: power_mean(x, w, 4.0).square().sum(), (0, 1))(x, w)
+
+        got = [torch.func.vmap(lambda x, w: power_mean(x, w, 4.0), dims)(*operands)]
+        got += torch.func.vmap(gradients, dims)(*operands)
+        for n in range(3):
+            expected = [power_mean(*alone(n), 4.0), *gradients(*alone(n))]
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a[n], b)
+    nested = torch.func.vmap(torch.func.vmap(torch.func.grad(lambda x, w: power_mean(x[None], w, 4.0).sum())), (0, 0))
+    x, w = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    rows = torch.func.grad(lambda x: power_mean(x, w[1, 2], 4.0).sum())(x[1, 2:])
+    torch.testing.assert_close(nested(x, w)[1, 2:], rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+def test_compiles_in_one_graph() -> None:
+    x, w = (v.requires_grad_() for v in draw(3, 4, 5))
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        return power_mean(x, w, 8.0).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(x, w), [x, w]), torch.autograd.grad(step(x, w), [x, w]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, w = (v.requires_grad_() for v in draw(3, 4, 5))
+    (dx,) = torch.autograd.grad(power_mean(x, w, 8.0).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="power_mean: expected one derivative"):
+        dx.sum().backward()
 
 
 def test_limit_is_the_largest_entry() -> None:

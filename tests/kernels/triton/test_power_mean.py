@@ -11,11 +11,12 @@ from torch import Tensor
 from dplip.kernels.power_mean import power_mean_reference, power_mean_rows
 
 kernels = pytest.importorskip("dplip.kernels.triton.power_mean")
+gradient = pytest.importorskip("dplip.kernels.triton.power_mean_gradient")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter computes in NumPy
 
-SHAPES = [(1, 1, 1), (5, 7, 13), (2, 19, 37)]
-EXPONENTS = [2.0, 3.0, 4.0, 8.0, 10.0, 11.0, 64.0, 7.5, 128.0, 1000.0, 2000.5]
+SHAPES = [(1, 1, 1), (5, 7, 13)]
+EXPONENTS = [2.0, 3.0, 8.0, 10.0, 64.0, 7.5, 128.0, 2000.5]
 SMALL = kernels.Config(2, 2, 4, 8, 2, 2, 1)
 BROAD = kernels.Config(4, 2, 1, 32, 4, 1, 1)
 
@@ -63,28 +64,28 @@ def test_everything_is_the_reference(shape: tuple[int, int, int], p: float, devi
     value, grad = exact(x, w, dy, p)
     y = kernels.forward(x, w, p)
     close(y, value, 0)
-    dx, dw = kernels.backward(x, w, y, dy, p)
+    dx, dw = gradient.backward(x, w, y, dy, p)
     close(dx, -grad.sum(1), p)
     close(dw, grad.sum(0), p)
-    close(kernels.weight_grad(x, w, y, dy, p), grad, p)
-    close(kernels.ghost_norm(x, w, y, dy, p), grad.flatten(1).norm(dim=1), p)
+    close(gradient.weight_grad(x, w, y, dy, p), grad, p)
+    close(gradient.ghost_norm(x, w, y, dy, p), grad.flatten(1).norm(dim=1), p)
 
 
 @pytest.mark.parametrize("forward", [SMALL, *kernels.CONFIGS])
 @pytest.mark.parametrize("p", [8.0, 64.0])
 def test_every_forward_launch(forward: Any, p: float, device: str) -> None:
-    x, w, dy = draw((19, 21, 33), device)
+    x, w, dy = draw((9, 17, 19), device)
     close(kernels.forward(x, w, p, forward), exact(x, w, dy, p)[0], 0)
 
 
-@pytest.mark.parametrize("backward", [SMALL, BROAD, *kernels.BACKWARD_CONFIGS])
+@pytest.mark.parametrize("backward", [SMALL, BROAD, *gradient.BACKWARD_CONFIGS])
 @pytest.mark.parametrize("p", [8.0, 7.5])
 def test_every_backward_launch(backward: Any, p: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w, dy = draw((19, 21, 17), device)
+    x, w, dy = draw((9, 5, 35), device)
     value, grad = exact(x, w, dy, p)
-    for parts in (kernels.PARTS, 1):  # in one go, and one block of examples after another
-        monkeypatch.setattr(kernels, "PARTS", parts)
-        dx, dw = kernels.backward(x, w, value.float(), dy, p, config=backward)
+    for parts in (gradient.PARTS, 1):  # in one go, and one block of examples after another
+        monkeypatch.setattr(gradient, "PARTS", parts)
+        dx, dw = gradient.backward(x, w, value.float(), dy, p, config=backward)
         close(dx, -grad.sum(1), p)
         close(dw, grad.sum(0), p)
 
@@ -92,22 +93,23 @@ def test_every_backward_launch(backward: Any, p: float, device: str, monkeypatch
 def test_gradients_one_at_a_time(device: str) -> None:
     x, w, dy = draw((5, 7, 13), device)
     y = kernels.forward(x, w, 8.0)
-    both = kernels.backward(x, w, y, dy, 8.0)
-    dx, nothing = kernels.backward(x, w, y, dy, 8.0, want_w=False)
+    both = gradient.backward(x, w, y, dy, 8.0)
+    dx, nothing = gradient.backward(x, w, y, dy, 8.0, want_w=False)
     assert torch.equal(dx, both[0]) and nothing.numel() == 0
-    nothing, dw = kernels.backward(x, w, y, dy, 8.0, want_x=False)
+    nothing, dw = gradient.backward(x, w, y, dy, 8.0, want_x=False)
     assert torch.equal(dw, both[1]) and nothing.numel() == 0
 
 
 def test_many_spans_and_strides(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_processors", lambda device: 50)
-    x, w, dy = (v.repeat(1, 2)[:, : v.shape[1]] for v in draw((3, 70, 150), device))
+    for module in (kernels, gradient):
+        monkeypatch.setattr(module, "processors", lambda device: 50)
+    x, w, dy = (v.repeat(1, 2)[:, : v.shape[1]] for v in draw((3, 17, 35), device))
     assert not x.is_contiguous()
     for p in (8.0, 64.0):
         value, grad = exact(x, w, dy, p)
         y = kernels.forward(x, w, p, SMALL)
         close(y, value, 0)
-        dx, dw = kernels.backward(x, w, y, dy, p, config=BROAD)
+        dx, dw = gradient.backward(x, w, y, dy, p, config=BROAD)
         close(dx, -grad.sum(1), p)
         close(dw, grad.sum(0), p)
     close(kernels.forward(x.T.contiguous().T, w, 8.0), exact(x, w, dy, 8.0)[0], 0)
@@ -118,20 +120,20 @@ def test_empty(shape: tuple[int, int, int], device: str) -> None:
     x, w, dy = draw(shape, device)
     y = kernels.forward(x, w, 8.0)
     assert y.shape == dy.shape
-    dx, dw = kernels.backward(x, w, y, dy, 8.0)
+    dx, dw = gradient.backward(x, w, y, dy, 8.0)
     assert dx.shape == x.shape and dw.shape == w.shape and not dx.any() and not dw.any()
-    assert kernels.weight_grad(x, w, y, dy, 8.0).shape == (*dy.shape, shape[2])
-    assert kernels.ghost_norm(x, w, y, dy, 8.0).tolist() == [0.0] * shape[0]
+    assert gradient.weight_grad(x, w, y, dy, 8.0).shape == (*dy.shape, shape[2])
+    assert gradient.ghost_norm(x, w, y, dy, 8.0).tolist() == [0.0] * shape[0]
 
 
-@pytest.mark.parametrize("p", [2.0, 8.0, 64.0, 1000.0, 33.3])
-@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize("p", [2.0, 8.0, 64.0, 1000.0])
+@pytest.mark.parametrize("scale", [1e-37, 1e-6, 1e30])
 def test_any_scale(scale: float, p: float, device: str) -> None:
     x, w, dy = draw((5, 7, 13), device, scale)
     value, grad = exact(x, w, dy, p)
     y = kernels.forward(x, w, p)
     close(y, value, 0)
-    close(kernels.backward(x, w, y, dy, p)[1], grad.sum(0), p)
+    close(gradient.backward(x, w, y, dy, p)[1], grad.sum(0), p)
 
 
 @pytest.mark.parametrize("p", [8.0, 64.0])
@@ -145,12 +147,12 @@ def test_one_tile_of_many_scales(p: float, device: str) -> None:
     y, (value, grad) = kernels.forward(x, w, p), exact(x, w, dy, p)
     torch.testing.assert_close(y.double(), value, rtol=3e-7, atol=0)
     assert y[4, 4] == 0 and y[2, 5] == 0
-    got = kernels.weight_grad(x, w, y, dy, p)
+    got = gradient.weight_grad(x, w, y, dy, p)
     close(got, grad, p)
     assert not got[4, 4].any() and not got[2, 5].any()
 
 
-@pytest.mark.parametrize("p", [2.0, 8.0, 64.0, 1000.0, 7.5])
+@pytest.mark.parametrize("p", [8.0, 64.0, 7.5])
 def test_not_a_number_and_infinity(p: float, device: str) -> None:
     x, w, dy = draw((5, 7, 13), device)
     x[1, 3], w[2, 5], x[3, 0], w[4, 12] = math.nan, math.nan, math.inf, -math.inf
@@ -159,10 +161,10 @@ def test_not_a_number_and_infinity(p: float, device: str) -> None:
     touched[[1, 3]], touched[:, [2, 4]] = True, True
     assert torch.equal(y.isnan(), touched)
     assert torch.equal(y.isnan(), power_mean_reference(x, w, p).isnan())
-    grad = kernels.weight_grad(x, w, y, dy, p)
+    grad = gradient.weight_grad(x, w, y, dy, p)
     assert torch.equal(grad.isnan().any(-1), touched)
-    assert kernels.backward(x, w, y, dy, p)[0].isnan().any(1).tolist() == [True] * 5
-    assert kernels.ghost_norm(x, w, y, dy, p).isnan().all()
+    assert gradient.backward(x, w, y, dy, p)[0].isnan().any(1).tolist() == [True] * 5
+    assert gradient.ghost_norm(x, w, y, dy, p).isnan().all()
 
 
 def test_subnormal_distances(device: str) -> None:
@@ -171,12 +173,12 @@ def test_subnormal_distances(device: str) -> None:
     for p in (8.0, 64.0, 7.5):
         y = kernels.forward(x, w, p)
         torch.testing.assert_close(y.double(), exact(x, w, dy, p)[0], rtol=0, atol=2e-44)
-        assert not kernels.backward(x, w, y, dy, p)[0].any()
-        assert not kernels.weight_grad(x, w, y, dy, p).any()
+        assert not gradient.backward(x, w, y, dy, p)[0].any()
+        assert not gradient.weight_grad(x, w, y, dy, p).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("p", [2.0, 8.0, 1000.0])
+@pytest.mark.parametrize("p", [8.0, 1000.0])
 def test_half_precision_is_summed_in_float32(dtype: torch.dtype, p: float, device: str) -> None:
     x, w, dy = draw((5, 7, 13), device)
     x, w = x.to(dtype), w.to(dtype)
@@ -184,7 +186,7 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype, p: float, devic
     y = kernels.forward(x, w, p)
     assert y.dtype == torch.float32
     close(y, value, 0)
-    dx, dw = kernels.backward(x, w, y, dy, p)
+    dx, dw = gradient.backward(x, w, y, dy, p)
     close(dx, -grad.sum(1), p)
     close(dw, grad.sum(0), p)
 
@@ -195,7 +197,7 @@ def test_float64_is_refused(device: str) -> None:
         kernels.forward(x, x, 2.0)
 
 
-@pytest.mark.parametrize("p", [2.0, 8.0, 10.0, 64.0, 300.5, 1000.0])
+@pytest.mark.parametrize("p", [2.0, 8.0, 64.0, 1000.0])
 def test_rows_keep_their_bound(p: float, device: str) -> None:
     """The l_1 norm of a Jacobian row is at most 1, ties and one-hot rows included."""
     base = torch.cat([torch.randn(4, 9), torch.ones(1, 9), torch.eye(9)[:2], torch.randn(2, 9).sign()]).to(device)
@@ -203,7 +205,7 @@ def test_rows_keep_their_bound(p: float, device: str) -> None:
     for scale in (1e-20, 1.0, 1e20):
         x = scale * base
         y = kernels.forward(x, w, p)
-        row = kernels.backward(x, w, y, ones, p, want_w=False)[0]
+        row = gradient.backward(x, w, y, ones, p, want_w=False)[0]
         assert float(row.double().abs().sum(1).max()) <= 1 + 4 * p * 2.0**-24 + 1e-6
 
 
@@ -214,10 +216,10 @@ def test_large_on_a_gpu(p: float) -> None:
     value, grad = exact(x, w, dy, p)
     y = kernels.forward(x, w, p)
     close(y, value, 0)
-    dx, dw = kernels.backward(x, w, y, dy, p)
+    dx, dw = gradient.backward(x, w, y, dy, p)
     close(dx, -grad.sum(1), p)
     close(dw, grad.sum(0), p)
-    close(kernels.ghost_norm(x, w, y, dy, p), grad.flatten(1).norm(dim=1), p)
+    close(gradient.ghost_norm(x, w, y, dy, p), grad.flatten(1).norm(dim=1), p)
 
 
 @pytest.mark.gpu
@@ -225,10 +227,10 @@ def test_the_same_bits_every_time() -> None:
     x, w, dy = draw((300, 513, 777), "cuda")
     for p in (8.0, 64.0, 7.5):
         y = kernels.forward(x, w, p)
-        first = (y, *kernels.backward(x, w, y, dy, p), kernels.ghost_norm(x, w, y, dy, p))
+        first = (y, *gradient.backward(x, w, y, dy, p), gradient.ghost_norm(x, w, y, dy, p))
         for _ in range(20):
             again = kernels.forward(x, w, p)
             for a, b in zip(
-                first, (again, *kernels.backward(x, w, y, dy, p), kernels.ghost_norm(x, w, y, dy, p)), strict=True
+                first, (again, *gradient.backward(x, w, y, dy, p), gradient.ghost_norm(x, w, y, dy, p)), strict=True
             ):
                 assert torch.equal(a, b)
