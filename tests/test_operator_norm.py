@@ -71,13 +71,51 @@ def test_gram_is_an_upper_bound_at_every_iteration(name: str, w: Tensor, iterati
     assert bound <= true * min(w.shape) ** (0.5 ** (iterations + 2)) * (1 + 1e-9), name
 
 
-def test_gram_takes_over_from_the_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["EIGEN_LIMIT", "CHOLESKY_LIMIT"])
+def test_cheaper_methods_take_over_from_the_eigenvalues(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(9, 11, dtype=torch.float64)
-    by_svd = spectral_bound(w)
-    monkeypatch.setattr(operator_norm, "SVD_LIMIT", 10)
-    by_gram = spectral_bound(w)
-    assert by_gram != by_svd
-    assert by_svd * (1 - 1e-14) <= by_gram <= by_svd * 1.01
+    by_eigenvalues = spectral_bound(w)
+    monkeypatch.setattr(operator_norm, limit, 8)
+    other = spectral_bound(w)
+    assert other != by_eigenvalues
+    assert by_eigenvalues * (1 - 1e-9) <= other <= by_eigenvalues * 1.01
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("name", "w"), matrices(), ids=lambda v: v if isinstance(v, str) else "")
+def test_factorisation_certifies_an_upper_bound(
+    name: str, w: Tensor, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operator_norm, "EIGEN_LIMIT", 2)
+    true, bound = exact(w)["two_two"], spectral_bound(w.T if transposed else w)
+    assert true * (1 - 1e-15) <= bound <= true * (1 + 1.1e-3), name
+
+
+@pytest.mark.parametrize("start", [1e-9, 0.5, 0.999, 1.0])
+def test_a_low_proposal_costs_tightness_not_truth(start: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far below the norm the search begins, the factorisation lets nothing below it through."""
+    monkeypatch.setattr(operator_norm, "EIGEN_LIMIT", 2)
+    lanczos = operator_norm._lanczos
+    monkeypatch.setattr(operator_norm, "_lanczos", lambda w: start * lanczos(w))
+    for size in (3, 20, 60):
+        w = torch.randn(size, size, dtype=torch.float64)
+        true = float(torch.linalg.svdvals(w)[0])
+        assert true <= spectral_bound(w) <= 1.8 * true
+        q = torch.linalg.qr(w)[0]  # no gap at all
+        assert 1 - 1e-15 <= spectral_bound(q) <= 1.8
+
+
+def test_search_sees_a_direction_it_does_not_start_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that lies where the fixed first vector has no component is still bounded."""
+    monkeypatch.setattr(operator_norm, "EIGEN_LIMIT", 2)
+    n = 30
+    first = torch.cos(torch.arange(1, n + 1, dtype=torch.float64) ** 2)
+    hidden = torch.randn(n, dtype=torch.float64)
+    hidden -= first * (hidden @ first) / (first @ first)
+    hidden /= hidden.norm()
+    w = 1e-3 * torch.eye(n, dtype=torch.float64) + 5 * torch.outer(hidden, hidden)
+    true = float(torch.linalg.svdvals(w)[0])
+    assert true <= spectral_bound(w) <= 1.1 * true
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dplip.layers.base import LipschitzLayer, Shapes
+from dplip.layers.snapshot import Snapshot
 from dplip.norms import Norms, OperatorNorms
 from dplip.operator_norm import matrix_norms
 
@@ -29,7 +30,8 @@ class Affine(LipschitzLayer):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
-        self._norms: tuple[Tensor, OperatorNorms] | None = None
+        self._norms: tuple[Snapshot, OperatorNorms] | None = None
+        self._proved: tuple[Snapshot, float] | None = None  # a spectral bound that the projection left behind
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.weight.shape[1]:
@@ -39,13 +41,11 @@ class Affine(LipschitzLayer):
         return F.linear(x, self.weight, self.bias)
 
     def operator_norms(self, shapes: Shapes) -> OperatorNorms:
-        # Compared by value, not by version counter: a write through ``.data`` must not leave a stale bound behind.
         w = self.weight.detach()
-        if self._norms is not None:
-            seen, norms = self._norms
-            if seen.dtype == w.dtype and seen.device == w.device and seen.equal(w):
-                return norms
-        self._norms = (w.clone(), matrix_norms(w))
+        if self._norms is None or not self._norms[0].holds(w):
+            now = Snapshot(w)
+            proved = self._proved[1] if self._proved is not None and self._proved[0].same(now) else None
+            self._norms = (now, matrix_norms(w, proved))
         return self._norms[1]
 
     def param_sensitivity(self, x: Norms, g: Norms, shapes: Shapes) -> dict[str, float]:

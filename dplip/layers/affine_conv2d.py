@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dplip.conv_norm import conv_norms
 from dplip.layers.base import LipschitzLayer, Shapes
+from dplip.layers.snapshot import Snapshot
 from dplip.layers.window import Pair, Window
 from dplip.norms import Norms, OperatorNorms
 
@@ -40,7 +41,7 @@ class AffineConv2d(LipschitzLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> None:
         super().__init__()
         self.weight, self.bias, self.window, self.groups = weight, bias, window, groups
-        self._norms: tuple[Tensor, Pair, OperatorNorms] | None = None
+        self._norms: tuple[Snapshot, Pair, OperatorNorms] | None = None
 
     @property
     def in_channels(self) -> int:
@@ -57,11 +58,10 @@ class AffineConv2d(LipschitzLayer):
         return self._convolve(x, self.weight, self.bias)
 
     def operator_norms(self, shapes: Shapes) -> OperatorNorms:
-        # Compared by value, not by version counter: a write through ``.data`` must not leave a stale bound behind.
         w, size = self.weight.detach(), (shapes.input[1], shapes.input[2])
         if self._norms is not None:
             seen, at, norms = self._norms
-            if at == size and seen.dtype == w.dtype and seen.device == w.device and torch.equal(seen, w):
+            if at == size and seen.holds(w):
                 return norms
         geometry = self.window
         norms = conv_norms(
@@ -73,7 +73,7 @@ class AffineConv2d(LipschitzLayer):
             size=size,
             overlap=geometry.overlap(size),
         )
-        self._norms = (w.clone(), size, norms)
+        self._norms = (Snapshot(w), size, norms)
         return norms
 
     def param_sensitivity(self, x: Norms, g: Norms, shapes: Shapes) -> dict[str, float]:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from dplip.aol import aol_factors
 from dplip.errors import ConfigError
 from dplip.layers.affine import Affine
-from dplip.operator_norm import spectral_bound
+from dplip.layers.snapshot import Snapshot
+from dplip.operator_norm import spectral_bound, spectral_estimate
 
 __all__ = ["BALLS", "PROJECTIONS", "NormalizedLinear", "project_rows_l1_"]
 
@@ -103,7 +106,8 @@ class NormalizedLinear(Affine):
     def project_(self) -> None:
         w = self.weight
         if self.ball == "spectral":
-            sigma = spectral_bound(w)
+            # The first bound only has to bring Bjorck steps into their range; the last one is the proof.
+            sigma = spectral_estimate(w) if self.orthogonalize else spectral_bound(w)
             if self.projection == "aol" and sigma > _NEAR * self.max_norm:
                 w.mul_(self.max_norm * aol_factors(w[None, :, :, None, None])[0])
                 sigma = spectral_bound(w)
@@ -114,7 +118,9 @@ class NormalizedLinear(Affine):
                 v = 1.5 * v - 0.5 * (v @ v.T) @ v
                 w.copy_(self.max_norm * (v.T if w.shape[0] > w.shape[1] else v))
             if self.orthogonalize:  # the map keeps sigma <= 1 exactly, its rounding does not
-                self._scale_into_ball_(spectral_bound(w))
+                sigma = spectral_bound(w)
+                self._scale_into_ball_(sigma)
+            self._proved = (Snapshot(w), min(sigma, self.max_norm))
         elif self.ball == "frobenius":
             self._scale_into_ball_(float(torch.linalg.vector_norm(w, dtype=torch.float64)))
         elif self.ball == "rows_l1":
@@ -131,7 +137,9 @@ class NormalizedLinear(Affine):
 
     def _scale_into_ball_(self, norm: float) -> None:
         if norm > self.max_norm:
-            self.weight.mul_(self.max_norm / norm)
+            # Factor and products are rounded, by no more than u ||W||_F <= u sqrt(n) sigma each: that much further in.
+            rounding = 2 * torch.finfo(self.weight.dtype).eps * math.sqrt(min(self.weight.shape))
+            self.weight.mul_(self.max_norm / norm * (1 - rounding))
 
     def extra_repr(self) -> str:
         return (

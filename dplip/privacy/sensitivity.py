@@ -12,6 +12,7 @@ from torch import nn
 from dplip.bounds import Graph, InputDomain, check_independence, forward, input_like, sensitivities, trace
 from dplip.bounds.rounding import FLOOR, growth
 from dplip.errors import PlanError
+from dplip.layers.snapshot import unchanged
 from dplip.losses import BoundedLoss
 from dplip.norms import Norms
 from dplip.privacy.allocation import Tensors
@@ -79,8 +80,9 @@ class StepSensitivity:
 
     def tensors(self) -> dict[str, Tensors]:
         """Bound and size of every trainable parameter, for the current weights; 0 for one the output ignores."""
-        states = forward(self.graph, self.domain, input_like(self.model, self.domain))
-        bounds = sensitivities(self.graph, states, self.cotangent)
+        with unchanged():
+            states = forward(self.graph, self.domain, input_like(self.model, self.domain))
+            bounds = sensitivities(self.graph, states, self.cotangent)
         slack = 1 + self.numerical_slack
         return {n: Tensors(slack * bounds.get(n, 0.0), p.numel()) for n, p in self.trainable.items()}
 
