@@ -2,9 +2,9 @@
 """Rigorous upper bounds on the operator norms of a concrete matrix, in float64.
 
 Row and column norms are exact up to rounding. The spectral norm comes from the Gram matrix of the shorter side: its
-eigenvalues up to :data:`EIGEN_LIMIT`, beyond it a Cholesky factorisation that exists only if a proposed bound holds, and
-Gram iteration for what is too long to factorise. Power iteration is never used as a bound: it approaches the norm from
-below, so whatever rests on it (a certificate, a noise scale) is wrong by the unknown gap.
+eigenvalues up to :data:`EIGEN_LIMIT`, beyond it a Cholesky factorisation that exists only if a proposed bound holds,
+and Gram iteration for what is too long to factorise. Power iteration is never used as a bound: it approaches the norm
+from below, so whatever rests on it (a certificate, a noise scale) is wrong by the unknown gap.
 """
 
 from __future__ import annotations
