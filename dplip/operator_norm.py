@@ -59,7 +59,7 @@ def _largest(weight: Tensor) -> float:
     if weight.numel() == 0:
         return 0.0
     low, high = torch.aminmax(weight.detach())
-    return abs(high - low) if math.isnan(high) else max(abs(float(low)), abs(float(high)))
+    return float(torch.maximum(low.abs(), high.abs()))  # NaN stays NaN
 
 
 def gram_bound(weight: Tensor, iterations: int = 10) -> float:
@@ -200,7 +200,7 @@ def matrix_norms(weight: Tensor, spectral: float | None = None) -> OperatorNorms
     power = 2.0 ** max(-1000, min(1000, math.frexp(largest)[1]))
     row_sum, row_square = 0.0, 0.0
     column_sums = torch.zeros(columns, dtype=torch.float64, device=weight.device)
-    for block in weight.detach().split(max(1, _BLOCK // max(1, columns))):  # what fits into a cache is read once
+    for block in torch.split(weight.detach(), max(1, _BLOCK // columns)):  # what fits into a cache is read once
         w = block.to(torch.float64, copy=True).div_(power).abs_()
         row_sum = max(row_sum, float(w.sum(1).amax()))
         column_sums += w.sum(0)
