@@ -32,31 +32,41 @@ def dual(c: Tensor, radius: Tensor, lower: Tensor, upper: Tensor, multiplier: Te
 
 
 def _inner(c: Tensor, lower: Tensor, upper: Tensor, multiplier: Tensor) -> Tensor:
-    free = torch.where(multiplier.unsqueeze(-1) > 0, c / (2 * multiplier.unsqueeze(-1)), torch.sign(c) * torch.inf)
+    m = multiplier.unsqueeze(-1)
+    free = torch.where(m > 0, c / (2 * torch.where(m > 0, m, 1.0)), torch.sign(c) * torch.inf)
     free = torch.where(c == 0, 0.0, free)
     return torch.minimum(torch.maximum(free, lower), upper)
 
 
-def ball_box_bound(c: Tensor, radius: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+@torch.no_grad()
+def _best_multiplier(c: Tensor, radius: Tensor, lower: Tensor, upper: Tensor, bisections: int) -> Tensor:
+    # Here the free maximiser has length radius, and clipping to a box around 0 shortens.
+    high = torch.linalg.vector_norm(c, dim=-1) / (2 * radius)
+    low = torch.zeros_like(high)
+    for _ in range(bisections):
+        middle = (low + high) / 2
+        long = _inner(c, lower, upper, middle).square().sum(-1) > radius.square()
+        low, high = torch.where(long, middle, low), torch.where(long, high, middle)
+    return torch.where(torch.isfinite(high), high, 0.0)
+
+
+def ball_box_bound(c: Tensor, radius: Tensor, lower: Tensor, upper: Tensor, bisections: int = _BISECTIONS) -> Tensor:
     """An upper bound [...] on ``c . d`` over ``||d||_2 <= radius`` and ``lower <= d <= upper``, rounded up.
 
     Never more than the ball's ``radius ||c||_2``, the box's bound, or the dual wherever the bisection ends. Infinite
     sides of the box are allowed. NaN where an input is NaN: compare so that NaN proves nothing.
+
+    Differentiable: the multiplier is held fixed, which at the optimum is the derivative of the minimum (Danskin), and
+    anywhere that of a sound bound.
     """
     slack = 1 + 8 * (c.shape[-1] + 8) * torch.finfo(c.dtype).eps
     length = torch.linalg.vector_norm(c, dim=-1)
     ball = torch.where(length == 0, 0.0 * radius, length * radius * slack)
     ends = torch.where(c == 0, 0.0, torch.maximum(c * lower, c * upper))
     box = ends.sum(-1) + 4 * c.shape[-1] * torch.finfo(c.dtype).eps * ends.abs().sum(-1)
-    high = length / (2 * radius)  # here the free maximiser has length radius, and clipping to a box around 0 shortens
-    low = torch.zeros_like(high)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        long = _inner(c, lower, upper, middle).square().sum(-1) > radius.square()
-        low, high = torch.where(long, middle, low), torch.where(long, high, middle)
-    best = dual(c, radius, lower, upper, high)
-    usable = torch.isfinite(high) & torch.isfinite(best)
-    best = torch.where(usable, best, torch.inf)
+    multiplier = _best_multiplier(c, radius, lower, upper, bisections)
+    best = dual(c, radius, lower, upper, multiplier)
+    best = torch.where(torch.isfinite(best), best, torch.inf)
     broken = torch.isnan(c).any(-1) | torch.isnan(lower).any(-1) | torch.isnan(upper).any(-1) | torch.isnan(radius)
     bound = torch.fmin(torch.fmin(ball, box), best)
     return torch.where(broken, torch.nan, bound)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from dplip.bounds.lipschitz import INPUT_NORMS
 from dplip.certify.certificate import Certificate
 from dplip.certify.interval import IntervalCertifier
+from dplip.certify.local_lipschitz import LocalCertifier
 from dplip.certify.margin import MarginCertifier
 from dplip.certify.subject import Subject
 from dplip.errors import ConfigError, DataError, NoRuleError
 
 __all__ = ["METHODS", "certify"]
 
-METHODS = ("best", "margin", "interval")
+METHODS = ("best", "margin", "interval", "local")
 
 
 @torch.no_grad()
@@ -45,8 +46,10 @@ def certify(
         x: [B, *] floating. Examples with NaN or infinite entries or logits get radius 0.
         norm: of the perturbation, ``"linf"`` or ``"l2"``.
         method: ``"margin"`` (Lipschitz constants of the norm calculus, see :mod:`dplip.certify.margin`), ``"interval"``
-            (boxes, see :mod:`dplip.certify.interval`), or ``"best"``: the larger of the two, or the margin alone where
-            a layer has no interval rule; ``Certificate.method`` says which.
+            (boxes, see :mod:`dplip.certify.interval`), ``"best"``: the larger of the two, or the margin alone where
+            a layer has no interval rule; or ``"local"``: what ``"best"`` uses and Lipschitz constants of each ball, see
+            :mod:`dplip.certify.local_lipschitz`, never below the margin's and the slowest by far.
+            ``Certificate.method`` says which.
         domain: ``(lower, upper)`` of every input entry. Boxes are cut to it, which is sound only against attackers
             whose inputs stay in the domain: the certificate then covers ``x'`` in the ball *and* in the domain. None:
             all of space.
@@ -57,7 +60,7 @@ def certify(
 
     Raises:
         UnsoundCertificate: training mode, a layer that is not the deployed function, or an output that is not [B, C].
-        NoRuleError: a layer has no bound rule (or, with ``"interval"``, no interval rule).
+        NoRuleError: a layer has no bound rule (or, with ``"interval"`` and ``"local"``, no interval rule).
         MixesExamplesError: the model's examples depend on one another.
         BoundViolation: the deployed logits differ from the float64 ones by more than rounding can explain.
         DataError: ``x`` is not floating, or outside ``domain``.
@@ -72,14 +75,16 @@ def certify(
         raise DataError(f"certify: expected floating x [B, *], got {x.dtype} {tuple(x.shape)}; convert it")
     _check_domain(x, domain)
     subject = Subject(model, x.dtype)
-    margins = MarginCertifier(subject, norm, subject.at(x[:1]).values)
+    first = subject.at(x[:1])
+    margins = MarginCertifier(subject, norm, first.values)
     boxes: IntervalCertifier | None = None
     if method != "margin":
-        boxes = IntervalCertifier(margins, domain)
+        local = method == "local"
+        boxes = LocalCertifier(margins, domain, first.values) if local else IntervalCertifier(margins, domain)
         try:
-            boxes.probe(subject.at(x[:1]))
+            boxes.probe(first)
         except NoRuleError:
-            if method == "interval":
+            if method != "best":
                 raise
             boxes = None
     parts = []
@@ -87,7 +92,7 @@ def certify(
         point = subject.at(x[start : start + batch_size])
         radius = margins.radius(point)
         if boxes is not None:
-            radius = boxes.radius(point, radius, improve=method == "best")
+            radius = boxes.radius(point, radius, improve=method != "interval")
         radius = torch.where(point.claimable, radius, 0.0)
         name = _name(method, boxes, domain)
         parts.append(Certificate(point.predicted.to(x.device), radius.to(x.device), norm, name))
@@ -95,7 +100,8 @@ def certify(
 
 
 def _name(method: str, boxes: IntervalCertifier | None, domain: tuple[float, float] | None) -> str:
-    used = "margin" if boxes is None else "margin+interval" if method == "best" else "interval"
+    names = {"best": "margin+interval", "interval": "interval", "local": "margin+interval+local"}
+    used = "margin" if boxes is None else names[method]
     inside = "" if boxes is None or domain is None else f" in [{domain[0]:g}, {domain[1]:g}]"
     return used + inside
 

@@ -54,7 +54,11 @@ class IntervalCertifier:
 
     def probe(self, point: Point) -> None:
         """Raise :class:`NoRuleError` where a layer has no interval rule."""
-        self._enclose(point.x, point.x)
+        self.centres(point)
+
+    def centres(self, point: Point) -> dict[str, Box]:
+        """Boxes that contain the exact value of every node at the centres."""
+        return self._enclose(point.x, point.x)
 
     def radius(self, point: Point, floor: Tensor, improve: bool) -> Tensor:
         """[B] float64: a radius at which the certificate was verified, 0 where none was.
@@ -73,7 +77,7 @@ class IntervalCertifier:
         cap = FARTHEST
         if self.domain is not None and math.isfinite(self.domain[1] - self.domain[0]):
             cap = min(cap, self.domain[1] - self.domain[0])  # the box is the whole domain
-        centres = self._enclose(point.x, point.x)
+        centres = self.centres(point)
         size = point.x.flatten(1).abs().amax(1) if point.x[0].numel() else torch.zeros_like(floor)
         trial = torch.where(floor > 0, floor * (_TRY if improve else 1.0), _SEED * (1 + size)).clamp_max(cap)
         failed = torch.full_like(floor, math.inf)
@@ -99,9 +103,17 @@ class IntervalCertifier:
         part = point.take(rows)
         near = {name: (low[rows], high[rows]) for name, (low, high) in centres.items()}
         low, high = self._input_box(part.x, eps)
-        boxes = self._enclose(low, high, near, eps)
+        return self._holds(part, eps, self._difference_bound(part, eps, self._enclose(low, high, near, eps)))
+
+    def _holds(self, part: Point, eps: Tensor, bound: Tensor) -> Tensor:
+        """Whether lower bounds [B, C] on ``z_t - z_j`` exceed the deployment's rounding; NaN does not."""
+        deployed, _ = self.margins.slack(part, eps)
+        return (bound > deployed[:, None]).scatter(1, part.top[:, None], True).all(1)
+
+    def _difference_bound(self, part: Point, eps: Tensor, boxes: dict[str, Box]) -> Tensor:
+        """Lower bounds [B, C] on ``z_t - z_j`` from the boxes and from the Lipschitz constants."""
         logits = part.values[self.graph.output]
-        deployed, here = self.margins.slack(part, eps)
+        _, here = self.margins.slack(part, eps)
         top = part.top[:, None]
         below, above = boxes[self.graph.output]
         bound = below.gather(1, top) - above
@@ -111,8 +123,7 @@ class IntervalCertifier:
         bound = torch.fmax(bound, lipschitz)
         if self.margins.head is not None:
             bound = torch.fmax(bound, self._head_bound(part.top, boxes))
-        beats = bound > deployed[:, None]
-        return beats.scatter(1, top, True).all(1)
+        return bound
 
     def _head_bound(self, top: Tensor, boxes: dict[str, Box]) -> Tensor:
         """Lower bounds [B, C] on ``z_t - z_j`` over the box that enters the affine head."""

@@ -45,7 +45,7 @@ from dplip.layers import (
 )
 from dplip.layers.affine import Affine
 
-__all__ = ["Box", "Secants", "layer_secants", "secants", "slope_range"]
+__all__ = ["Box", "Secants", "elementwise_slopes", "layer_secants", "secants", "slope_range"]
 
 Box = tuple[Tensor, Tensor]
 Secants = tuple[Tensor, Tensor]
@@ -190,7 +190,7 @@ def secants(layer: LipschitzLayer, low: Tensor, high: Tensor, box: Box | None) -
 
     Layers that :func:`slope_range` knows need no rule here.
     """
-    slopes = _rule(slope_range, layer)(layer, box, tuple(low.shape[1:-1]))
+    slopes = elementwise_slopes(layer, box, tuple(low.shape[1:-1]))
     if slopes is None:
         return None
     products = torch.stack([s.to(low).unsqueeze(-1) * v for s in slopes for v in (low, high)])
@@ -205,6 +205,12 @@ def _rule(dispatcher: Any, layer: LipschitzLayer) -> _Rule:
     same = getattr(known, "forward", None) is type(layer).forward
     rule: _Rule = dispatcher.dispatch(known if same else object)
     return rule
+
+
+def elementwise_slopes(layer: LipschitzLayer, box: Box | None, shape: tuple[int, ...]) -> Secants | None:
+    """:func:`slope_range` of a rule that was written for this very ``forward``."""
+    found: Secants | None = _rule(slope_range, layer)(layer, box, shape)
+    return found
 
 
 def layer_secants(layer: LipschitzLayer, low: Tensor, high: Tensor, box: Box | None) -> Secants | None:
