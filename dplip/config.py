@@ -29,6 +29,8 @@ __all__ = [
     "parse_config",
 ]
 
+_METHODS = ("best", "margin", "interval", "local")  # dplip.certify.METHODS, which this module may not import
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -247,7 +249,7 @@ def _check(config: RunConfig, where: str) -> None:
             (p.epsilon, p.noise_multiplier),
         ),
         (min([*c.linf, *c.l2], default=0) >= 0, "certify", "radii >= 0", (c.linf, c.l2)),
-        (c.method in ("best", "margin", "interval", "local"), "certify.method", "best, margin, interval or local", c.method),
+        (c.method in _METHODS, "certify.method", f"one of {', '.join(_METHODS)}", c.method),
         (c.dtype in ("float32", "float64"), "certify.dtype", "'float32' or 'float64'", c.dtype),
         (c.examples >= 0, "certify.examples", "an integer >= 0", c.examples),
         (config.threads >= 0, "threads", "an integer >= 0", config.threads),

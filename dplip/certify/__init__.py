@@ -3,6 +3,7 @@
 
 from dplip.certify.certificate import Certificate
 from dplip.certify.certify import METHODS, certify
+from dplip.certify.local_lipschitz import local_lipschitz
 from dplip.certify.monotone import MonotoneCertificate, certify_monotone
 
-__all__ = ["METHODS", "Certificate", "MonotoneCertificate", "certify", "certify_monotone"]
+__all__ = ["METHODS", "Certificate", "MonotoneCertificate", "certify", "certify_monotone", "local_lipschitz"]

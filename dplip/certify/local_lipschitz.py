@@ -36,7 +36,7 @@ from dplip.certify.interval import IntervalCertifier
 from dplip.certify.margin import MarginCertifier
 from dplip.certify.masked_norm import linear_part
 from dplip.certify.moves import Move, node_move
-from dplip.certify.roundoff import triple, vector_norms
+from dplip.certify.roundoff import triple
 from dplip.certify.subject import Point, Subject
 from dplip.errors import ConfigError
 
@@ -55,9 +55,7 @@ class LocalCertifier(IntervalCertifier):
         values: every node's value for any batch (only shapes are read).
     """
 
-    def __init__(
-        self, margins: MarginCertifier, domain: tuple[float, float] | None, values: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, margins: MarginCertifier, domain: tuple[float, float] | None, values: dict[str, Tensor]) -> None:
         super().__init__(margins, domain)
         self.shapes = {name: tuple(v.shape[1:]) for name, v in values.items()}
         self.linear = {
@@ -189,4 +187,3 @@ def local_lipschitz(
         sane &= torch.isfinite(point.deployed).all(1)
         parts.append(torch.where(sane, found.clamp_max(whole), math.nan).to(x.device))
     return torch.cat(parts)
-
