@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dplip.certify import METHODS
 from dplip.config import load_config, parse_config
 from dplip.errors import ConfigError
 
@@ -63,6 +64,11 @@ def test_bad_values_are_refused_by_name(section, key, value, named):
     with pytest.raises(ConfigError, match=named) as caught:
         parse_config(values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_certificate_method_can_be_asked_for(method):
+    assert parse_config(minimal() | {"certify": {"method": method}}).certify.method == method
 
 
 @pytest.mark.parametrize("missing", ["data", "model", "privacy"])

@@ -4,11 +4,13 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dplip.auditing import audit_run
 from dplip.config import OptimizerConfig, parse_config
 from dplip.data import Dataset, Split, load, schema
 from dplip.errors import CheckpointError, ConfigError
@@ -68,6 +70,21 @@ def finished(tmp_path_factory, digits):
     out = tmp_path_factory.mktemp("runs") / "run"
     recorder = Recorder(out)
     return out, train(make_config(), digits, out, [recorder]), recorder
+
+
+def test_local_certificates_in_the_joint_report_and_the_audit(finished, digits, tmp_path):
+    out, report, _ = finished
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(out / name, tmp_path / name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["certify"]["method"] = "local"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    section = certify_run(tmp_path, digits, schema)
+    assert section["methods"] == ["margin+interval+local in [0, 1]"]
+    for norm, rows in section["certified_accuracy"].items():
+        assert all(rows[eps] >= report.robustness["certified_accuracy"][norm][eps] for eps in rows)
+    audit = audit_run(tmp_path, digits, schema, points=8, restarts=2, steps=5)
+    assert not audit.refuted and audit.flips["l2"] == (8, 0)
 
 
 def test_report_follows_the_schema(finished):

@@ -35,6 +35,7 @@ from dplip.certify.roundoff import NodeRounding, vector_norms
 from dplip.certify.slopes import elementwise_slopes
 from dplip.errors import NoRuleError
 from dplip.layers import AveragePool2d, GroupSort, LipschitzLayer, MaxPool2d, Reshape
+from dplip.layers.base import Shapes
 
 __all__ = ["Move", "node_move", "scaled_move", "start_move"]
 
@@ -130,8 +131,7 @@ def node_move(
     if isinstance(layer, Reshape):
         return _reshaped(first, shape)
     if type(layer) in (AveragePool2d, MaxPool2d) and isinstance(layer, LipschitzLayer):
-        pooled: Tensor = layer(first.size) * _UP
-        return Move(pooled, None if gain is None else gain.push(first.tight_norms()) * _UP)
+        return _pooled(first, layer, Shapes(tuple(first.size.shape[1:]), shape))
     if isinstance(layer, GroupSort):
         return _sorted(first, layer.group_size or shape[0], box)
     slopes = None if layer is None else elementwise_slopes(layer, box, shape)
@@ -216,6 +216,13 @@ def _sorted(move: Move, group: int, box: Box) -> Move:
         return moved(right, True), radius
 
     return Move(moved(move.size, True), move.norms, lambda left: move.weighted(moved(left, False)), ball)
+
+
+def _pooled(move: Move, layer: LipschitzLayer, shapes: Shapes) -> Move:
+    """Behind averages or maxima of windows, whose own norms hold no parameter."""
+    norms = layer.operator_norms(shapes)
+    gains = move.norms.new_tensor([norms.one_one, norms.two_two, norms.inf_inf])[:, None]
+    return Move(layer(move.size) * _UP, _times(gains, move.tight_norms()) * _UP)
 
 
 def _sum(inputs: Sequence[Move]) -> Move:

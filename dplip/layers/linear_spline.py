@@ -188,7 +188,6 @@ class LinearSpline(LipschitzLayer):
         free = (self.scale >= self.scale_range[0]) & (self.scale <= self.scale_range[1])
         return {"coefficients": grad, "scale": -(cotangent / a * self._intercepts(u)).sum(2) * free}
 
-    @torch.no_grad()
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Extremes over the box: at its ends or at a knot inside it."""
         at_lower, at_upper = self(lower), self(upper)

@@ -205,8 +205,8 @@ class LocalLipschitzLoss(BoundedLoss):
         head = find_head(self._graph)
         if head is None:
             raise NoRuleError(
-                "LocalLipschitzLoss: expected a model whose logits are an affine layer's, got another head; end it with "
-                "nn.Linear or dplip.layers.NormalizedLinear"
+                "LocalLipschitzLoss: expected a model whose logits are an affine layer's, got another head; "
+                "end it with nn.Linear or dplip.layers.NormalizedLinear"
             )
         return head, next(node for node in self._graph.nodes if node.name == head.chain[0])
 
@@ -214,9 +214,12 @@ class LocalLipschitzLoss(BoundedLoss):
         self, values: dict[str, Tensor], boxes: dict[str, Box], moves: dict[str, Move], labels: Tensor
     ) -> Tensor:
         head, node = self._head()
-        affine = linear_part(node.operation.layer, (), self.iterations) if isinstance(node.operation, Apply) else None
+        shape = tuple(values[head.source].shape[1:])
+        affine = (
+            linear_part(node.operation.layer, shape, self.iterations) if isinstance(node.operation, Apply) else None
+        )
         if affine is None:
-            raise NoRuleError("LocalLipschitzLoss: expected an affine head")
+            raise NoRuleError("LocalLipschitzLoss: expected an affine head, got a layer without a linear part")
         (low, high), centre = boxes[head.source], values[head.source]
         right, radius = moves[head.source].ball
         scale = torch.where(right > 0, right, 1.0)
