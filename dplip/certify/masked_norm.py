@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dplip.conv_norm import conv_spectral_bound
 from dplip.layers import LipschitzLayer, NormalizedConv2d, NormalizedLinear, ReferenceShift
 from dplip.layers.affine import Affine
 from dplip.layers.affine_conv2d import AffineConv2d
-from dplip.operator_norm import spectral_bound, unit_scale
+from dplip.layers.base import Shapes
+from dplip.operator_norm import unit_scale
 
 __all__ = ["LinearPart", "linear_part", "root", "scaled_spectral"]
 
@@ -122,7 +122,7 @@ class LinearPart:
         self.layer, self.size, self.iterations = layer, size, iterations
         self.weight = layer.weight if iterations is not None else layer.weight.detach()
         self.matrix = self._matrix()
-        self.whole = math.inf if iterations is not None else self._whole()
+        self.whole = math.inf if iterations is not None else layer.operator_norms(Shapes(size, ())).two_two
 
     def _matrix(self) -> Tensor | None:
         if self.weight.ndim == 2:
@@ -135,20 +135,6 @@ class LinearPart:
             eye = torch.eye(entries, dtype=self.weight.dtype, device=self.weight.device)
             matrix = self._apply(self.weight, eye.view(entries, *self.size)).flatten(1).T
         return matrix if min(matrix.shape) * matrix.numel() <= COST else None
-
-    def _whole(self) -> float:
-        if isinstance(self.layer, AffineConv2d):
-            w = self.layer.window
-            return conv_spectral_bound(
-                self.weight,
-                stride=w.stride,
-                padding=w.padding,
-                dilation=w.dilation,
-                groups=self.layer.groups,
-                size=(self.size[1], self.size[2]),
-                overlap=w.overlap((self.size[1], self.size[2])),
-            )
-        return spectral_bound(self.weight)
 
     @property
     def _terms(self) -> int:
