@@ -24,7 +24,7 @@ __all__ = ["ProvenAccountant", "accountant", "from_opacus", "to_opacus"]
 _THEIRS = ("prv", "rdp")  # gdp under-reports and is not offered
 
 
-class ProvenAccountant(IAccountant):
+class ProvenAccountant(IAccountant):  # type: ignore[misc]  # Opacus is untyped here
     """An upper bound on epsilon behind Opacus' interface; made by :func:`accountant`.
 
     Guarantee. ``get_epsilon`` bounds the epsilon of the recorded steps from above, each a Gaussian mechanism on a
@@ -40,6 +40,7 @@ class ProvenAccountant(IAccountant):
 
     kind: ClassVar[str]
     neighbors: ClassVar[Neighbors]
+    history: list[tuple[float, float, int]]
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ def _affine(call: Call, x: Tensor, g: Tensor) -> dict[str, Tensor]:
 def _selection(call: Call, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     rows = _row_norms(call.layer)
     signed = getattr(call.layer, "magnitude", True)  # neurons that sort x - w itself have no sign to vanish
-    if rows is None or (signed and _meet(x, call.layer.weight)):
+    if rows is None or (signed and _meet(x, call.layer.get_parameter("weight"))):
         return _in_chunks(call, x, g)
     return {"weight": _norm(g * rows, call), "bias": _norm(g, call)}
 
@@ -79,9 +79,9 @@ def _row_norms(layer: LipschitzLayer) -> Tensor | float | None:
     if isinstance(layer, LinfDistance):
         return 1.0 if layer.p == float("inf") else None
     if isinstance(layer, SortLinear):
-        return torch.linalg.vector_norm(layer.order_weights.detach())
+        return _l2(layer.order_weights.detach())
     if isinstance(layer, OrderStatisticLinear) and not layer.learned:
-        return torch.linalg.vector_norm(layer.order_weights.detach(), dim=1)
+        return _l2(layer.order_weights.detach())
     return None
 
 
@@ -104,4 +104,10 @@ def _in_chunks(call: Call, x: Tensor, g: Tensor) -> dict[str, Tensor]:
 def _norm(v: Tensor, call: Call) -> Tensor:
     """l_2 norm of every example, [B, *] -> [B], in the type of the layer's parameters."""
     rows = v.reshape(len(v), -1) if v.numel() else v.new_zeros(len(v), 1)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=next(call.layer.parameters(recurse=False)).dtype)
+    return _l2(rows.to(next(call.layer.parameters(recurse=False)).dtype))
+
+
+def _l2(v: Tensor) -> Tensor:
+    """l_2 norm over the last axis."""
+    norm: Tensor = torch.linalg.vector_norm(v, dim=-1)
+    return norm

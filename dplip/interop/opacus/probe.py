@@ -162,7 +162,9 @@ def _wrong_gradients(model: nn.Module, example: Tensor, mode: str) -> Iterator[F
     try:
         host = prepare_module(subject, mode, loss_reduction="sum")
         (host(example) * g).sum().backward()
-        got: dict[str, Any] = {n: p.grad_sample for n, p in subject.named_parameters() if p.requires_grad}
+        got: dict[str, Any] = {
+            n: getattr(p, "grad_sample", None) for n, p in subject.named_parameters() if p.requires_grad
+        }
         norms = host.get_norm_sample() if mode == "ghost" else None
     except Exception as error:  # whatever Opacus or a layer answers, it is the answer to this question
         reason = " ".join(str(error).split())[:300]

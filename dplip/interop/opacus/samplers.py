@@ -64,7 +64,7 @@ def prepare(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             register_norm_sampler(type(layer))(_norm_sample)
         if not _is_prepared(layer):
             layer.register_forward_pre_hook(_before_forward, with_kwargs=True)
-            layer.buffers = _no_buffers
+            layer.buffers = _no_buffers  # type: ignore[method-assign]
     watch(model)
     if optimizer is not None:
         inner = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
@@ -130,7 +130,7 @@ def _before_forward(layer: LipschitzLayer, args: tuple[Any, ...], keywords: dict
         _require_sound(host)
         _CHECKED.add(host)
     if "ft_compute_sample_grad" in vars(layer):
-        layer.ft_compute_sample_grad = partial(_functorch_sample, layer)
+        vars(layer)["ft_compute_sample_grad"] = partial(_functorch_sample, layer)
     record(layer, args, keywords)
 
 
