@@ -10,18 +10,22 @@ from dplip.privacy.noise import NoiseSource
 from dplip.privacy.optimizer import ClipFreeOptimizer, noise_weights
 from dplip.privacy.plan import PrivacyPlan
 from dplip.privacy.quantile import AdaptiveLogitClip
+from dplip.privacy.replacements import Change, fix
 from dplip.privacy.sampling import PoissonSampler, PrivateLoader
 from dplip.privacy.schedule import ExponentialNoise, StepNoise
 from dplip.privacy.sensitivity import StepSensitivity
 from dplip.privacy.standardize import PrivateStandardizer
+from dplip.privacy.validate import Finding, validate
 
 __all__ = [
     "ALLOCATIONS",
     "AdaptiveLogitClip",
+    "Change",
     "ClipFreeEngine",
     "ClipFreeOptimizer",
     "DistributedClipFreeEngine",
     "ExponentialNoise",
+    "Finding",
     "GradientToNoise",
     "NoiseSource",
     "PoissonSampler",
@@ -34,6 +38,8 @@ __all__ = [
     "TensorSignal",
     "Tensors",
     "allocate",
+    "fix",
     "noise_weights",
+    "validate",
     "virtual_batches",
 ]

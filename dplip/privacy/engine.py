@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from accountants import Accountant, Neighbors, make_accountant
 from dplip.bounds import InputDomain, input_like
 from dplip.checkpoint import load_checkpoint, save_checkpoint
-from dplip.errors import DataError, PlanError
+from dplip.errors import DataError, NoRuleError, PlanError
 from dplip.losses import BoundedLoss, bounded
 from dplip.privacy.arithmetic import Arithmetic
 from dplip.privacy.checkpoint import capture, restore, restore_ledger
@@ -26,8 +26,10 @@ from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource
 from dplip.privacy.optimizer import ClipFreeOptimizer
 from dplip.privacy.plan import PrivacyPlan
+from dplip.privacy.replacements import fix
 from dplip.privacy.sampling import PoissonSampler, PrivateLoader
 from dplip.privacy.sensitivity import StepSensitivity
+from dplip.privacy.validate import Finding, validate
 
 __all__ = ["ClipFreeEngine", "PublicSizeWarning"]
 
@@ -200,12 +202,15 @@ class ClipFreeEngine:
         domain = _default_domain(dataset) if domain is None else domain
         modes = [(m, m.training) for m in module.modules()]
         module.train()
+        eager = getattr(module, "_orig_mod", module)  # what torch.compile wraps
         try:
-            private = self._private_optimizer(module, optimizer, plan, self._sensitivity(module, domain, proved))
+            private = self._private_optimizer(eager, optimizer, plan, self._sensitivity(eager, domain, proved))
         except Exception:  # leave a refused module as it came
             for part, training in modes:
                 part.training = training
             raise
+        if eager is not module:
+            torch.compiler.reset()  # code compiled before the guard's hooks would pass them by
         private.project_()
         self.plan, self.optimizer, self.loader = plan, private, loader
         return module, private, loader
@@ -247,6 +252,34 @@ class ClipFreeEngine:
             copies=sensitivity.loss.copies,
             arithmetic=Arithmetic(sensitivity.graph, input_like(sensitivity.model, sensitivity.domain)),
         )
+
+    @staticmethod
+    def validate(module: nn.Module, *, strict: bool = False, domain: InputDomain | None = None) -> list[Finding]:
+        """What in ``module`` breaks the proof, by name, with remedies; see :func:`dplip.privacy.validate`.
+
+        Raises:
+            NoRuleError: with ``strict``, if there is anything.
+        """
+        found = validate(module, domain=domain)
+        if strict and found:
+            raise NoRuleError(f"validate: {found[0]}" + (f" (and {len(found) - 1} more)" if found[1:] else ""))
+        return found
+
+    @staticmethod
+    def is_compatible(module: nn.Module, *, domain: InputDomain | None = None) -> bool:
+        """Whether :meth:`validate` finds nothing."""
+        return not validate(module, domain=domain)
+
+    @staticmethod
+    def get_compatible_module(module: nn.Module, *, normalize: bool = False) -> nn.Module:
+        """A fixed copy of ``module``; :func:`dplip.privacy.fix` also tells what it changed.
+
+        Raises:
+            NoRuleError: something is left that has no sound replacement.
+        """
+        fixed, _ = fix(module, normalize=normalize)
+        ClipFreeEngine.validate(fixed, strict=True)
+        return fixed
 
     def get_epsilon(self, delta: float | None = None) -> float:
         """Proven epsilon of the steps taken so far, at ``delta`` (default: the plan's); ``inf`` without noise.

@@ -54,6 +54,9 @@ class Guard:
     * No gradient from anywhere else: a backward pass through the module in evaluation mode, or through a part of
       it alone, reaches the parameters without passing the checks above.
 
+    The hooks stay outside compiled code. Code compiled before they were there passes them by; its gradients then arrive
+    unchecked and are refused.
+
     A deep copy of the module carries hooks that do nothing: its gradients are not the ones that are released.
 
     Args:
@@ -170,6 +173,7 @@ class Guard:
                 f"got {unchecked} unchecked; call module.train() and module(x), then zero_grad()"
             )
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def _check_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and module.training and torch.is_grad_enabled()):
             return
@@ -189,6 +193,7 @@ class Guard:
         if self.on_forward is not None:
             self.on_forward()
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def _watch_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self.active and module.training and output.requires_grad:
             output.register_hook(functools.partial(self._check_cotangent, self.part))

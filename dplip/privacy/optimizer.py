@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 from accountants import Accountant
 from dplip.errors import BoundViolation, PlanError
@@ -76,6 +76,8 @@ class ClipFreeOptimizer(Optimizer):
                 f"optimizer: expected one gradient per step, got {type(optimizer).__name__}, which calls its closure; "
                 "use SGD or Adam"
             )
+        if isinstance(optimizer, SparseAdam):
+            raise PlanError("optimizer: expected one for dense gradients, got SparseAdam; noise is dense, use Adam")
         self._check_clip_noise()
         if any(isinstance(m, AdaptiveLogitClip) for m in sensitivity.loss.modules() if m is not sensitivity.loss):
             raise PlanError("optimizer: expected AdaptiveLogitClip outermost, got it inside another loss; swap them")
