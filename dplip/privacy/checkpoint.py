@@ -148,7 +148,7 @@ def _optimizer(engine: ClipFreeEngine) -> ClipFreeOptimizer:
 
 
 def _groups(optimizer: ClipFreeOptimizer) -> list[list[str]]:
-    names = {id(p): name for name, p in optimizer.sensitivity.model.named_parameters()}
+    names = {id(p): name for name, p in optimizer.sensitivity.named_parameters().items()}
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +14,22 @@ from torch.optim import Optimizer
 
 from accountants import Neighbors
 from dplip.bounds import InputDomain
+from dplip.checkpoint import save_checkpoint
 from dplip.errors import PlanError
 from dplip.losses import BoundedLoss
+from dplip.privacy.checkpoint import capture
 from dplip.privacy.distributed_optimizer import DistributedOptimizer, ReplicatedOptimizer
 from dplip.privacy.distributed_ranks import Ranks
 from dplip.privacy.distributed_sampling import ShardedPoissonSampler
-from dplip.privacy.distributed_sharded import ShardedOptimizer, ShardedSensitivity, Twin, is_sharded, sum_gradients
-from dplip.privacy.engine import ClipFreeEngine
+from dplip.privacy.distributed_sharded import (
+    ShardedOptimizer,
+    ShardedSensitivity,
+    Twin,
+    is_sharded,
+    reshard,
+    sum_gradients,
+)
+from dplip.privacy.engine import ClipFreeEngine, listed
 from dplip.privacy.noise import NoiseSource, derived_seed
 from dplip.privacy.optimizer import ClipFreeOptimizer
 from dplip.privacy.plan import PrivacyPlan
@@ -50,8 +60,8 @@ class DistributedClipFreeEngine(ClipFreeEngine):
       spent. A rank that dies ends the others through the group's timeout or its closed connection: restart all from the
       last checkpoint, whose ledger covers everything released before it was written.
 
-    Save :meth:`state_dict` on rank 0 and load it on every rank; streams start anew, so no noise is drawn twice.
-    Weights at the start are rank 0's. Gradients must not be reduced by the training loop itself.
+    Call :meth:`save_checkpoint` and :meth:`load_checkpoint` on every rank; streams start anew, so no noise is drawn
+    twice. Weights at the start are rank 0's. Gradients must not be reduced by the training loop itself.
 
     Args:
         accountant, neighbors, insecure_seed: see :class:`ClipFreeEngine`.
@@ -115,9 +125,7 @@ class DistributedClipFreeEngine(ClipFreeEngine):
                 raise PlanError(
                     "engine: expected full precision, got DDP's mixed precision; bounds are not proved in it"
                 )
-        for part in inner.modules():
-            if callable(reshard := getattr(part, "reshard", None)):  # a forward pass may have left weights gathered
-                reshard()
+        reshard(inner)
         if is_sharded(inner):
             sum_gradients(inner, self.ranks)
 
@@ -164,11 +172,56 @@ class DistributedClipFreeEngine(ClipFreeEngine):
             guard.remove()
             raise
 
+    def save_checkpoint(
+        self,
+        path: Path | str,
+        *,
+        module: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        lr_scheduler: Any = None,
+        extra: Any = None,
+    ) -> None:
+        """:meth:`ClipFreeEngine.save_checkpoint`, called on every rank; rank 0 writes, and all return once it has.
+
+        The file holds whole tensors and the one ledger: any number of processes, in any layout, may go on from it.
+        """
+        self.ranks.together("save_checkpoint", lambda: self._check_own(_unwrapped(module), optimizer))
+        schedulers = listed(lr_scheduler)
+        if self._twin is not None:
+            self._twin.refresh()
+            state = capture(self, schedulers, extra)
+        else:
+            state = self.ranks.together("save_checkpoint", lambda: capture(self, schedulers, extra))
+        self.ranks.together("save_checkpoint", lambda: save_checkpoint(Path(path), state) if self.ranks.first else None)
+
+    def load_checkpoint(
+        self,
+        path: Path | str,
+        *,
+        module: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        lr_scheduler: Any = None,
+    ) -> Any:
+        """:meth:`ClipFreeEngine.load_checkpoint`, called on every rank, each of which must find the file."""
+        load, own = super().load_checkpoint, _unwrapped(module)
+        extra = self.ranks.together(
+            "load_checkpoint", lambda: load(path, module=own, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        )
+        if self._twin is not None:
+            self._twin.scatter_()
+        return extra
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`ClipFreeEngine.load_state_dict`; on every rank, with the same state and the same weights."""
         super().load_state_dict(state)
         if isinstance(self.optimizer, DistributedOptimizer):
             self.optimizer.compare_next = True
+
+
+def _unwrapped(module: nn.Module | None) -> nn.Module | None:
+    if module is not None:
+        reshard(module)
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def _facts(

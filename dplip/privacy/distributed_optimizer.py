@@ -48,6 +48,19 @@ class DistributedOptimizer(ClipFreeOptimizer):
         """A number that replicas share; ranks that hold shards have nothing to compare."""
         return 0.0
 
+    def signal_skip_step(self, do_skip: bool = True, rows: int | None = None) -> None:
+        """See :meth:`ClipFreeOptimizer.signal_skip_step`; ranks may split their local batches in different numbers.
+
+        Raises:
+            PlanError: backward passes sum over ranks (DDP, FSDP2), so their number must be the same on all.
+        """
+        if self._collective_backward:
+            raise PlanError(
+                "virtual_batches: expected a plain module, got one whose every backward pass waits for all ranks, "
+                "while their draws differ in parts; pass the module without DDP or FSDP2"
+            )
+        super().signal_skip_step(do_skip, rows)
+
     def _prepare(self, closure: Callable[[], float] | None) -> Prepared:
         prepared, failure = None, None
         try:
@@ -115,7 +128,7 @@ class DistributedOptimizer(ClipFreeOptimizer):
             adaptive.refreshes += 1
         bound = self.ranks.broadcast_(adaptive._bound.detach().clone().to(self.ranks.device))
         adaptive._bound.copy_(bound)
-        self.guard.cotangent = self.sensitivity.refresh_cotangent() * (1 / adaptive.copies)
+        self.refresh_bounds()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.original_optimizer!r}, {self.plan!r}, ranks={self.ranks.size})"

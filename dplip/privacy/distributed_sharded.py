@@ -20,7 +20,7 @@ from dplip.privacy.distributed_optimizer import DistributedOptimizer
 from dplip.privacy.distributed_ranks import Ranks
 from dplip.privacy.sensitivity import StepSensitivity
 
-__all__ = ["ShardedOptimizer", "ShardedSensitivity", "Twin", "is_sharded", "sum_gradients"]
+__all__ = ["ShardedOptimizer", "ShardedSensitivity", "Twin", "is_sharded", "reshard", "sum_gradients"]
 
 _STRUCTURE = {"_parameters", "_modules", "_buffers", "_compiled_call_impl"}
 
@@ -32,6 +32,13 @@ def is_sharded(module: nn.Module) -> bool:
 
 def _is_dtensor(p: Tensor) -> bool:
     return hasattr(p, "placements") and hasattr(p, "full_tensor")
+
+
+def reshard(module: nn.Module) -> None:
+    """Put the shards back in place; a forward pass may have left whole weights there."""
+    for part in module.modules():
+        if callable(back := getattr(part, "reshard", None)):
+            back()
 
 
 def sum_gradients(module: nn.Module, ranks: Ranks) -> None:
@@ -65,6 +72,8 @@ def sum_gradients(module: nn.Module, ranks: Ranks) -> None:
             raise PlanError(
                 f"engine: expected full precision, got FSDP's {policy}; bounds are not proved in lower precision"
             )
+        if not hasattr(part, "set_force_sum_reduction_for_comms"):
+            raise PlanError("engine: expected an FSDP2 that can sum gradients, got an older one; use torch >= 2.8")
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
         part.set_requires_gradient_sync(True)
@@ -84,7 +93,7 @@ class Twin:
         self._whole: dict[int, nn.Parameter] = {}
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._shards: list[tuple[Tensor, nn.Parameter]] = []
-        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = dict(module.named_parameters())
         self.module = self._twin(module, {})
 
     def _twin(self, module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
@@ -124,15 +133,17 @@ class Twin:
     @torch.no_grad()
     def scatter_(self) -> None:
         """Write this rank's part of the twin's weights into the shards; local."""
-        from torch.distributed.tensor import DTensor, Replicate
-
         for p, whole in self._shards:
-            shard = cast(Any, p.detach())
-            mesh = shard.device_mesh
-            mine = DTensor.from_local(whole.detach(), mesh, [Replicate()], run_check=False).redistribute(
-                placements=shard.placements
-            )
-            shard.to_local().copy_(mine.to_local())
+            _local(p).copy_(_local(_part(whole.detach(), p)))
+
+
+def _part(whole: Tensor, like: Tensor) -> Tensor:
+    """``whole`` sharded as ``like`` is; local."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = cast(Any, like).device_mesh, cast(Any, like).placements
+    part: Tensor = DTensor.from_local(whole, mesh, [Replicate()], run_check=False).redistribute(placements=placements)
+    return part
 
 
 def _mirror(module: nn.Module, twin: nn.Module) -> None:
@@ -162,7 +173,10 @@ class ShardedSensitivity(StepSensitivity):
     def __init__(self, twin: Twin, domain: InputDomain, loss: BoundedLoss) -> None:
         self.twin, self.live = twin, False  # the first bounds are taken on what attach has gathered
         super().__init__(twin.module, domain, loss)
-        self.trainable = cast("dict[str, nn.Parameter]", twin.trainable)
+        self.trainable = {name: p for name, p in twin.parameters.items() if p.requires_grad}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return self.twin.parameters
 
     def tensors(self) -> dict[str, Tensors]:
         if self.live:
@@ -202,7 +216,8 @@ class ShardedOptimizer(DistributedOptimizer):
         self._synchronised.clear()
 
     def _check_summed(self) -> None:
-        due = {name for name, t in self._noted.items() if t.bound > 0} if self.guard.backward_passes else set()
+        moving = {name for name in self._released() if name in self._noted and self._noted[name].bound > 0}
+        due = moving if self.guard.backward_passes else set()
         # What FSDP keeps back it would add to a later step, beyond the reach of zero_grad.
         self._kept_back |= not due <= self._synchronised
         if self._kept_back:
@@ -210,6 +225,26 @@ class ShardedOptimizer(DistributedOptimizer):
                 "step: expected FSDP to sum every gradient in backward, got gradients kept back; leave "
                 "set_requires_gradient_sync(True) and restart from the last checkpoint"
             )
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state in whole tensors, as one process would have it; collective."""
+        state = self.original_optimizer.state_dict()
+        whole = {
+            key: {n: v.full_tensor() if _is_dtensor(v) else v for n, v in entries.items()}
+            for key, entries in state["state"].items()
+        }
+        return state | {"state": whole}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this rank's part of whole tensors; local."""
+        held = [p for group in self.param_groups for p in group["params"]]  # in the order that state dicts count them
+        parts = {
+            key: {n: _part(v.to(held[key].device), held[key]) if _fits(v, held[key]) else v for n, v in entries.items()}
+            for key, entries in state_dict["state"].items()
+        }
+        self.original_optimizer.load_state_dict(state_dict | {"state": parts})
 
     def _gradient(self, p: Tensor) -> Tensor:
         return torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad)
@@ -226,6 +261,10 @@ class ShardedOptimizer(DistributedOptimizer):
             )
         self.released_sigma = sigma
         self._synchronised.clear()
+
+
+def _fits(value: Any, p: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == p.shape and _is_dtensor(p) and not _is_dtensor(value)
 
 
 def _local(t: Tensor) -> Tensor:

@@ -322,7 +322,7 @@ class ClipFreeEngine:
             CheckpointError: a state holds something else than plain data, or the file cannot be written.
         """
         self._check_own(module, optimizer)
-        save_checkpoint(Path(path), capture(self, _listed(lr_scheduler), extra))
+        save_checkpoint(Path(path), capture(self, listed(lr_scheduler), extra))
 
     def load_checkpoint(
         self,
@@ -342,13 +342,13 @@ class ClipFreeEngine:
                 engine has taken steps that loading would forget. Nothing is changed.
         """
         self._check_own(module, optimizer)
-        return restore(self, load_checkpoint(Path(path)), _listed(lr_scheduler))
+        return restore(self, load_checkpoint(Path(path)), listed(lr_scheduler))
 
     def _check_own(self, module: nn.Module | None, optimizer: Optimizer | None) -> None:
         own = self.optimizer
         if own is None:
             raise PlanError("engine: expected make_private before checkpoints, got no plan; call it first")
-        held = {id(p) for p in own.sensitivity.model.parameters()}
+        held = {id(p) for p in own.sensitivity.named_parameters().values()}
         if module is not None and {id(p) for p in module.parameters()} != held:
             raise PlanError("engine: expected the module of make_private, got another; one engine holds one run")
         if optimizer is not None and optimizer is not own and optimizer is not own.original_optimizer:
@@ -374,7 +374,7 @@ class ClipFreeEngine:
         restore_ledger(self, state)
 
 
-def _listed(schedulers: Any) -> list[Any]:
+def listed(schedulers: Any) -> list[Any]:
     if schedulers is None:
         return []
     return list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]

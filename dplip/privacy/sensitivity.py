@@ -78,6 +78,10 @@ class StepSensitivity:
         self.cotangent = self.loss.logit_gradient(self.cotangent.dim)
         return self.cotangent
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, and the frozen ones."""
+        return dict(self.model.named_parameters())
+
     def tensors(self) -> dict[str, Tensors]:
         """Bound and size of every trainable parameter, for the current weights; 0 for one the output ignores."""
         with unchanged():

@@ -24,20 +24,17 @@ import torch
 import torch.distributed as dist
 from scipy.stats import ks_2samp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from dplip import CrossEntropy, DistributedClipFreeEngine, InputDomain, PrivacyPlan
-from dplip.checkpoint import load_checkpoint, save_checkpoint
 from dplip.data import digits
 from dplip.errors import DplipError
 from dplip.layers import BallClip, Flatten, MaxMin, NormalizedLinear, Shift
 
 LAYOUTS = ("plain", "ddp", "fsdp2")
 RATE, Z = 0.2, 3.555
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def network(seed: int, layout: str, device: str) -> nn.Module:
@@ -78,13 +75,9 @@ def train(seed: int, args: argparse.Namespace, device: str) -> dict[str, Any]:
         population=1437,
         domain=InputDomain((1, 8, 8), lower=0.0, upper=1.0, reference=0.3),
     )
-    path = None if args.out is None else args.out / f"{args.layout}-seed{seed}.pt"
+    path = None if args.out is None else args.out / f"seed{seed}.pt"
     if path is not None and path.exists():
-        state = load_checkpoint(path)
-        engine.load_state_dict(state["engine"])
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=WHOLE
-        )
+        engine.load_checkpoint(path)
     while private.steps_taken < private.plan.steps:
         for x, y in loader:
             for group in optimizer.param_groups:
@@ -93,11 +86,8 @@ def train(seed: int, args: argparse.Namespace, device: str) -> dict[str, Any]:
             loss(model(x.to(device)), y.to(device)).backward()
             private.step()
         if path is not None:
-            whole, moments = get_state_dict(model, optimizer, options=WHOLE)
-            if engine.ranks.first:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_checkpoint(path, {"engine": engine.state_dict(), "model": whole, "optimizer": moments})
-            engine.ranks.gather([0.0])  # nobody shows anything of an epoch before its ledger is on disk
+            path.parent.mkdir(parents=True, exist_ok=True)
+            engine.save_checkpoint(path)  # before anything of the epoch is shown
     model.eval()
     with torch.no_grad():
         right = (model(data.test.x.to(device)).argmax(1).cpu() == data.test.y).double().mean()

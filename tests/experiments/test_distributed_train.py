@@ -48,12 +48,12 @@ def train(rank: int, folder: Path, layout: str, kill_after: int | None) -> dict[
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, layout: str) -> None:
     survivor, victim = run(train, tmp_path, layout, PER_EPOCH + 2)
     assert isinstance(victim, Died) and isinstance(survivor, Exception)
-    saved = load_checkpoint(tmp_path / f"{layout}-seed0.pt")["engine"]
+    saved = load_checkpoint(tmp_path / "seed0.pt")["engine"]
     assert saved["steps_taken"] == PER_EPOCH
     first, second = values(train, tmp_path, layout, None)
     assert first == second and first["steps"] == 3 * PER_EPOCH
     assert first["accuracy"] > 0.4
-    assert load_checkpoint(tmp_path / f"{layout}-seed0.pt")["engine"]["steps_taken"] == 3 * PER_EPOCH
+    assert load_checkpoint(tmp_path / "seed0.pt")["engine"]["steps_taken"] == 3 * PER_EPOCH
 
 
 @pytest.mark.slow

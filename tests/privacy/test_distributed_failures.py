@@ -15,10 +15,10 @@ from torch.utils.data import TensorDataset
 
 from dplip.errors import BoundViolation, PlanError, RankError
 from dplip.losses import CrossEntropy
-from dplip.privacy import ClipFreeEngine, DistributedClipFreeEngine
+from dplip.privacy import ClipFreeEngine, DistributedClipFreeEngine, virtual_batches
 from tests.privacy.ranks import run, values
-from tests.privacy.test_distributed import LAYOUTS, dataset, laid_out, mixed_net
-from tests.privacy.toy import DOMAIN, plan
+from tests.privacy.test_distributed import LAYOUTS, assert_close, dataset, laid_out, mixed_net
+from tests.privacy.toy import DOMAIN, plan, same, weights
 
 LOSS = CrossEntropy(4.0)
 
@@ -67,6 +67,39 @@ def skipped_by_the_loop(rank: int) -> int:
 
 def test_a_loop_that_skips_empty_batches_stays_in_step() -> None:
     assert values(skipped_by_the_loop) == [8, 8]
+
+
+def in_parts(rank: int, layout: str) -> tuple[dict[str, torch.Tensor], list[int], int]:
+    """Whole draws of each rank in parts of 20: four steps, more passes on the rank that owns more."""
+    _, module, optimizer, loader = private(layout, sampling_prob=1.0, population=41, noise_multiplier=0.0, steps=4)
+    passes = []
+    for _ in range(4):
+        with virtual_batches(loader, optimizer, max_physical_batch_size=20) as batches:
+            for x, y in batches:
+                passes.append(len(x))
+                optimizer.zero_grad()
+                LOSS(module(x), y).backward()
+                optimizer.step()
+    return weights(module), passes, optimizer.steps_taken
+
+
+def test_ranks_may_split_their_draws_in_different_numbers_of_parts() -> None:
+    (first, many, taken), (second, few, _) = values(in_parts, "plain")
+    assert many == [20, 1] * 4 and few == [20] * 4 and taken == 4
+    module = mixed_net()
+    engine = ClipFreeEngine()
+    settings = plan(sampling_prob=1.0, population=41, noise_multiplier=0.0)
+    _, optimizer, loader = engine.attach(module, SGD(module.parameters(), 0.1), dataset(), LOSS, settings, DOMAIN)
+    for _ in range(4):
+        step(module, optimizer, loader)
+    assert_close(first, weights(module))
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_parts_are_refused_where_backward_waits_for_all_ranks(layout: str) -> None:
+    for answer in run(in_parts, layout):
+        assert isinstance(answer, PlanError) and "pass the module without DDP or FSDP2" in str(answer)
 
 
 def poisoned(rank: int, layout: str) -> tuple[str, int, int]:

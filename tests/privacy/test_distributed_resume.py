@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
-from dplip.checkpoint import load_checkpoint, save_checkpoint
-from dplip.errors import RankError
-from dplip.privacy import DistributedClipFreeEngine
+from dplip.checkpoint import load_checkpoint
+from dplip.errors import CheckpointError, RankError
+from dplip.privacy import ClipFreeEngine, DistributedClipFreeEngine
 from dplip.privacy.noise import NoiseSource
 from tests.privacy.ranks import Died, run, values
-from tests.privacy.test_distributed import dataset, laid_out, mixed_net
+from tests.privacy.test_distributed import assert_close, dataset, laid_out, mixed_net, whole_weights
 from tests.privacy.test_distributed_failures import LOSS
-from tests.privacy.toy import DOMAIN, plan
+from tests.privacy.toy import DOMAIN, plan, weights
 
 STEPS, EVERY = 72, 3
 MOMENTS = ("between steps", "before the noise leaves", "while saving")
@@ -49,9 +49,7 @@ def life(rank: int, folder: Path, layout: str, number: int, kill: tuple[int, int
     _, optimizer, loader = engine.attach(module, SGD(module.parameters(), 0.1), dataset(), LOSS, SETTINGS, DOMAIN)
     path = folder / "checkpoint.pt"
     if path.exists():
-        state = load_checkpoint(path)
-        engine.load_state_dict(state["engine"])
-        module.load_state_dict(state["model"])
+        engine.load_checkpoint(path)
     victim, at, moment = kill or (-1, -1, "")
     while optimizer.steps_taken < STEPS:
         due = rank == victim and optimizer.steps_taken >= at
@@ -66,9 +64,7 @@ def life(rank: int, folder: Path, layout: str, number: int, kill: tuple[int, int
         if optimizer.steps_taken % EVERY == 0 or optimizer.steps_taken == STEPS:
             if due and moment == "while saving":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if rank == 0:
-                save_checkpoint(path, {"engine": engine.state_dict(), "model": module.state_dict()})
-            engine.ranks.gather([0.0])  # nobody goes on, and shows anything, before it is on disk
+            engine.save_checkpoint(path)
     return optimizer.steps_taken, sum(count for _, count in engine.accountant.ledger)
 
 
@@ -93,3 +89,53 @@ def test_killed_ten_times_the_ledger_is_the_steps_and_no_noise_repeats(tmp_path:
     assert values(life, tmp_path, layout, kills, None) == [(STEPS, STEPS)] * 2
     noise = [line for path in tmp_path.glob("noise-*") for line in path.read_text().split()]
     assert len(noise) >= STEPS and len(noise) == len(set(noise))
+
+
+WHOLE = plan(noise_multiplier=0.0, sampling_prob=1.0, population=41)
+
+
+def steps_of(engine: ClipFreeEngine, layout: str, count: int, path: Path) -> dict[str, Tensor]:
+    """``count`` noise-free steps on all examples, from the checkpoint if there is one."""
+    module = laid_out(mixed_net(), layout)
+    _, private, loader = engine.attach(module, Adam(module.parameters(), 0.05), dataset(), LOSS, WHOLE, DOMAIN)
+    if path.exists():
+        assert engine.load_checkpoint(path, module=module) == {"note": [1, 2.5]}
+    for _ in range(count):
+        x, y = loader.batch(loader.sampler.draw())
+        private.zero_grad()
+        LOSS(module(x), y).backward()
+        private.step()
+    if not path.exists():
+        engine.save_checkpoint(path, module=module, extra={"note": [1, 2.5]})
+    return whole_weights(module)
+
+
+def across_layouts(rank: int, path: Path) -> list[dict[str, Tensor]]:
+    steps_of(DistributedClipFreeEngine(), "fsdp2", 3, path)
+    return [steps_of(DistributedClipFreeEngine(), layout, 2, path) for layout in ("fsdp2", "plain", "ddp")]
+
+
+def test_a_sharded_run_goes_on_in_any_layout_and_in_one_process(tmp_path: Path) -> None:
+    first, second = values(across_layouts, tmp_path / "checkpoint.pt")
+    alone = steps_of(ClipFreeEngine(), "plain", 2, tmp_path / "checkpoint.pt")
+    straight = steps_of(ClipFreeEngine(), "plain", 5, tmp_path / "other.pt")
+    for found in (*first, *second, alone):
+        assert_close(found, straight)
+
+
+def one_cannot_read(rank: int, folder: Path) -> None:
+    steps_of(DistributedClipFreeEngine(), "plain", 1, folder / "checkpoint.pt")
+    module = mixed_net()
+    engine = DistributedClipFreeEngine()
+    engine.attach(module, SGD(module.parameters(), 0.05), dataset(), LOSS, WHOLE, DOMAIN)
+    before = weights(module)
+    try:
+        engine.load_checkpoint(folder / "checkpoint.pt" if rank == 0 else folder / "absent.pt")
+    finally:
+        assert rank == 0 or all(torch.equal(before[n], w) for n, w in weights(module).items())
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_loaded_by_none(tmp_path: Path) -> None:
+    first, second = run(one_cannot_read, tmp_path)
+    assert isinstance(first, RankError) and "absent.pt" in str(first)
+    assert isinstance(second, CheckpointError)
