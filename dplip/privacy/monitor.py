@@ -55,7 +55,9 @@ class GradientToNoise:
         for name, p in optimizer.sensitivity.trainable.items():
             if p.grad is None:
                 continue
-            released = float(torch.linalg.vector_norm(p.grad, dtype=torch.float64)) ** 2
+            sharded = getattr(p.grad, "full_tensor", None)  # its norm is a collective, as the step was
+            gradient = p.grad if sharded is None else sharded()
+            released = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
             noise = optimizer.released_sigma[name] ** 2 * p.numel() / optimizer.expected_batch_size**2
             weight, r, n = self._squares.get(name, (0.0, 0.0, 0.0))
             d = self.decay

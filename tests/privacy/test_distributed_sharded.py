@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
@@ -12,7 +13,7 @@ from torch.optim import SGD
 from dplip.errors import PlanError
 from dplip.layers import LinfDistance, NormalizedLinear
 from dplip.losses import CrossEntropy
-from dplip.privacy import DistributedClipFreeEngine, StepSensitivity
+from dplip.privacy import DistributedClipFreeEngine, GradientToNoise, StepSensitivity
 from tests.privacy.ranks import values
 from tests.privacy.test_distributed import dataset, laid_out, mixed_net, whole_weights
 from tests.privacy.toy import DIM, DOMAIN, plan
@@ -137,3 +138,17 @@ def shared_weight(rank: int) -> list[str]:
 
 def test_a_layer_used_twice_has_both_bounds() -> None:
     assert values(shared_weight) == [[], []]
+
+
+def watched(rank: int) -> tuple[dict[str, float], dict[str, float]]:
+    module = laid_out(mixed_net(), "fsdp2")
+    private, loader = attached(module)
+    monitor = GradientToNoise(private)
+    step(module, private, loader)
+    whole = {n: float(p.grad.full_tensor().norm()) for n, p in private.sensitivity.trainable.items()}
+    return {n: t.released for n, t in monitor.tensors().items()}, whole
+
+
+def test_the_monitor_reads_whole_gradients() -> None:
+    (first, whole), (second, _) = values(watched)
+    assert first == second == pytest.approx(whole, rel=1e-12)
