@@ -197,17 +197,24 @@ def matrix_norms(weight: Tensor, spectral: float | None = None) -> OperatorNorms
         return OperatorNorms.uniform(0.0)
     if not largest < math.inf:
         return OperatorNorms()
-    power = 2.0 ** max(-1000, min(1000, math.frexp(largest)[1]))
-    row_sum, row_square = 0.0, 0.0
-    column_sums = torch.zeros(columns, dtype=torch.float64, device=weight.device)
-    for block in torch.split(weight.detach(), max(1, _BLOCK // columns)):  # what fits into a cache is read once
-        w = block.to(torch.float64, copy=True).div_(power).abs_()
-        row_sum = max(row_sum, float(w.sum(1).amax()))
+    # No square of a float32 leaves the range of float64.
+    power = 2.0 ** max(-1000, min(1000, math.frexp(largest)[1])) if weight.dtype == torch.float64 else 1.0
+    count = min(rows, max(1, _BLOCK // columns))  # rows that fit into a cache
+    buffer = torch.empty(count, columns, dtype=torch.float64, device=weight.device)
+    row_sums, row_norms = buffer.new_empty(rows), buffer.new_empty(rows)
+    column_sums = buffer.new_zeros(columns)
+    for start in range(0, rows, count):
+        stop = min(rows, start + count)
+        w = buffer[: stop - start].copy_(weight.detach()[start:stop])
+        if power != 1:
+            w.div_(power)
+        w.abs_()
+        torch.sum(w, 1, out=row_sums[start:stop])
+        torch.linalg.vector_norm(w, dim=1, out=row_norms[start:stop])
         column_sums += w.sum(0)
-        row_square = max(row_square, float(torch.linalg.vecdot(w, w).amax()))
     return OperatorNorms(
-        inf_inf=round_up(row_sum * power, columns),
-        two_inf=round_up(math.sqrt(row_square) * power, columns),
+        inf_inf=round_up(float(row_sums.amax()) * power, columns),
+        two_inf=round_up(float(row_norms.amax()) * power, columns),
         two_two=spectral_bound(weight) if spectral is None else spectral,
         one_one=round_up(float(column_sums.amax()) * power, rows),
         one_inf=largest,
