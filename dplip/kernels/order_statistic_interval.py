@@ -80,7 +80,7 @@ def _backward_reference(
         for index, dy, is_high in ((low_index, dlow, False), (high_index, dhigh, True)):
             at = index[rows].long()
             below, above = _at(lower[rows], w, at), _at(upper[rows], w, at)
-            by_upper = above.abs() >= below.abs() if is_high else above < 0
+            by_upper = above.abs() > below.abs() if is_high else above < 0
             sign = torch.where(by_upper, above, below).sign_() if is_high else below.gt(0).to(c) - by_upper.to(c)
             s = sign.to(c) * c * dy[rows].unsqueeze(-1)
             if need_lower:
@@ -230,7 +230,7 @@ def order_statistic_interval(lower: Tensor, upper: Tensor, w: Tensor, c: Tensor)
     """Exact range ``(low, high)`` [B, O] of every neuron over the boxes ``lower <= x <= upper`` [B, I].
 
     Differentiable in ``lower``, ``upper`` and ``w`` [O, I], once. A coordinate that may meet its weight has derivative
-    0 in ``low``; where both ends of it are as far from the weight, ``high`` credits the upper one.
+    0 in ``low``; where both ends of it are as far from the weight, ``high`` credits the lower one.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or there are more weights ``c`` [K] than coordinates.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dplip.errors import ConfigError
-from dplip.kernels.linear_spline import linear_spline, locate
+from dplip.kernels.linear_spline import linear_spline, linear_spline_coefficient_grad, locate
 from dplip.kernels.slope_projection import clip_slopes, nearest_slopes
 from dplip.layers.base import LipschitzLayer, Shapes
 from dplip.norms import Norms, OperatorNorms
@@ -179,10 +179,7 @@ class LinearSpline(LipschitzLayer):
         if a is not None:
             a = a.detach()
             u, cotangent = a * u, cotangent / a
-        index, fraction = locate(u, self.reach, self.intervals)
-        grad = x.new_zeros(len(x), *self.coefficients.shape)
-        grad.scatter_add_(2, index, cotangent * (1 - fraction))
-        grad.scatter_add_(2, index + 1, cotangent * fraction)
+        grad = linear_spline_coefficient_grad(u, self.intervals + 1, self.reach, cotangent)
         if a is None or self.scale is None:
             return {"coefficients": grad}
         free = (self.scale >= self.scale_range[0]) & (self.scale <= self.scale_range[1])
