@@ -59,27 +59,31 @@ def linear_spline_reference(x: Tensor, coefficients: Tensor, reach: float, end_s
     return y + torch.where(high == 0, 0, above) - torch.where(low == 0, 0, below)
 
 
-def _slope(x: Tensor, coefficients: Tensor, reach: float, end_slopes: Tensor | None) -> Tensor:
-    """``phi_c'(x)``: of the interval right of a knot, and of the grid at ``+-reach``."""
-    index, _ = locate(x, reach, coefficients.shape[1] - 1)
-    left, right = _corners(coefficients, index)
-    slope = ((right - left) * ((coefficients.shape[1] - 1) / (2 * reach))).masked_fill(x.abs() > reach, 0)
-    if end_slopes is None:
-        return slope
-    return torch.where(x < -reach, end_slopes[:, :1], torch.where(x > reach, end_slopes[:, 1:], slope))
+def _slope(x: Tensor, index: Tensor, coefficients: Tensor, reach: float, end_slopes: Tensor | None) -> Tensor:
+    """``phi_c'(x)`` for ``x`` in interval ``index``: of the grid at ``+-reach``."""
+    slope = (coefficients.diff(dim=1) * ((coefficients.shape[1] - 1) / (2 * reach))).expand(len(x), -1, -1)
+    slope = slope.gather(2, index)
+    low, high = (0, 0) if end_slopes is None else (end_slopes[:, :1], end_slopes[:, 1:])
+    return torch.where(x < -reach, low, torch.where(x > reach, high, slope))
 
 
 @register("linear_spline_backward", "reference")
 def linear_spline_backward_reference(
     x: Tensor, coefficients: Tensor, reach: float, end_slopes: Tensor | None, dy: Tensor, need_x: bool, need_c: bool
 ) -> tuple[Tensor, Tensor]:
-    """``dx`` [B, C, S] and ``dc`` [C, K + 1]. On the CPU, each entry is summed in the order of examples."""
-    dx = _slope(x, coefficients, reach, end_slopes) * dy if need_x else x.new_empty(0)
+    """``dx`` [B, C, S] and ``dc`` [C, K + 1]. On the CPU, each entry is summed in a fixed order."""
+    knots = coefficients.shape[1]
+    index, fraction = locate(x, reach, knots - 1)
+    dx = _slope(x, index, coefficients, reach, end_slopes) * dy if need_x else x.new_empty(0)
     if not need_c:
         return dx, x.new_empty(0)
-    index, fraction = locate(x, reach, coefficients.shape[1] - 1)
+    right = dy * fraction
+    left = dy * (1 - fraction)
+    if x.shape[2] >= knots:  # no larger than the input
+        grad = x.new_zeros(*x.shape[:2], knots).scatter_add_(2, index, left).scatter_add_(2, index + 1, right)
+        return dx, grad.sum(0)
     rows = index.transpose(0, 1).flatten(1)
-    left, right = ((dy * part).transpose(0, 1).flatten(1) for part in (1 - fraction, fraction))
+    left, right = left.transpose(0, 1).flatten(1), right.transpose(0, 1).flatten(1)
     dc = torch.zeros_like(coefficients).scatter_add_(1, rows, left).scatter_add_(1, rows + 1, right)
     return dx, dc
 
@@ -180,7 +184,7 @@ class _Backward(torch.autograd.Function):
         inside = (x.abs() <= ctx.reach).to(x.dtype) * per_unit
         at_x, at_c, at_dy = torch.zeros_like(x), torch.zeros_like(coefficients), torch.zeros_like(dy)
         if ctx.need_x:
-            at_dy = at_dy + ddx * _slope(x, coefficients, ctx.reach, end_slopes)
+            at_dy = at_dy + ddx * _slope(x, index, coefficients, ctx.reach, end_slopes)
             rise = (ddx * dy * inside).transpose(0, 1).flatten(1)
             rows = index.transpose(0, 1).flatten(1)
             at_c = at_c.scatter_add(1, rows + 1, rise).scatter_add(1, rows, -rise)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
 from dplip.errors import ConfigError
+from dplip.kernels.group_sort import group_sort
 from dplip.layers.base import LipschitzLayer, Shapes
 from dplip.norms import OperatorNorms
 
@@ -38,11 +40,7 @@ class GroupSort(LipschitzLayer):
         size = self.group_size or x.shape[1]
         if x.ndim < 2 or x.shape[1] % size:
             raise ValueError(f"GroupSort: expected x [B, C, *] with C divisible by {size}, got {tuple(x.shape)}")
-        groups = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
-        if size == 2:
-            a, b = groups.unbind(2)
-            return torch.stack((torch.minimum(a, b), torch.maximum(a, b)), dim=2).reshape(x.shape)
-        return groups.sort(dim=2)[0].reshape(x.shape)
+        return group_sort(x.reshape(*x.shape[:2], math.prod(x.shape[2:])), size).reshape(x.shape)
 
     def operator_norms(self, shapes: Shapes) -> OperatorNorms:
         return OperatorNorms.uniform(1.0)
