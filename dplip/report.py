@@ -19,7 +19,7 @@ from dplip.bounds import lipschitz, trace
 from dplip.certify import Certificate
 from dplip.errors import CheckpointError
 from dplip.losses import BoundedLoss
-from dplip.privacy import ClipFreeEngine, StepSensitivity
+from dplip.privacy import ClipFreeEngine, ForeignModule, StepSensitivity
 
 __all__ = ["SCHEMA", "Report", "privacy_section", "robustness_section", "versions"]
 
@@ -96,8 +96,10 @@ class Report:
             "",
             f"({epsilon}, {p['delta']:g})-differentially private under {p['neighbors']}, accountant {p['accountant']}; "
             f"{p['sampling']} sampling with q = {p['sampling_prob']:.6g}, {p['steps']} steps, "
-            f"expected batch {p['expected_batch_size']:g}, noise multiplier {p['noise_multiplier']:.4f}. "
-            f"Sensitivity is analytic; logit gradients: {clipping}.",
+            f"expected batch {p['expected_batch_size']:g}, noise multiplier {p['noise_multiplier']:.4f}"
+            + (" times the plan's noise schedule. " if p["plan"].get("noise_schedule") else ". ")
+            + f"Sensitivity is analytic; logit gradients: {clipping}."
+            + "".join(f" Gradients of `{n}` are clipped per example to {c:g}." for n, c in _foreign(p).items()),
         ]
         if p.get("insecure_seed") is not None:
             lines += ["", f"**Noise came from the fixed seed {p['insecure_seed']}: not private against who knows it.**"]
@@ -121,6 +123,12 @@ class Report:
             "of training. " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".",
         ]
         return "\n".join(lines) + "\n"
+
+
+def _foreign(privacy: Mapping[str, Any]) -> Mapping[str, float]:
+    """Submodules without a bound and what their per-example gradients are clipped to; absent in older reports."""
+    found: Mapping[str, float] = privacy.get("foreign_clipping") or {}
+    return found
 
 
 def _percent(value: float) -> str:
@@ -148,6 +156,11 @@ def privacy_section(engine: ClipFreeEngine, loss: BoundedLoss) -> dict[str, Any]
         "steps": optimizer.steps_taken,
         "expected_batch_size": plan.expected_batch_size,
         "logit_clipping": loss.clipping,
+        "foreign_clipping": {
+            name: m.max_grad_norm
+            for name, m in optimizer.sensitivity.model.named_modules()
+            if isinstance(m, ForeignModule)
+        },
         "sensitivity": {
             "total": StepSensitivity.total({n: t for n, (t, _) in tensors.items()}),
             "tensors": {n: {"bound": t.bound, "sigma": sigma, "dim": t.dim} for n, (t, sigma) in tensors.items()},

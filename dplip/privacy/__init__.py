@@ -5,6 +5,7 @@ from dplip.privacy.accumulation import virtual_batches
 from dplip.privacy.allocation import ALLOCATIONS, Tensors, allocate
 from dplip.privacy.distributed import DistributedClipFreeEngine
 from dplip.privacy.engine import ClipFreeEngine, PublicSizeWarning
+from dplip.privacy.foreign import ForeignModule, clip_foreign, unclip_foreign
 from dplip.privacy.monitor import GradientToNoise, TensorSignal
 from dplip.privacy.noise import NoiseSource
 from dplip.privacy.optimizer import ClipFreeOptimizer, noise_weights
@@ -26,6 +27,7 @@ __all__ = [
     "DistributedClipFreeEngine",
     "ExponentialNoise",
     "Finding",
+    "ForeignModule",
     "GradientToNoise",
     "NoiseSource",
     "PoissonSampler",
@@ -38,8 +40,10 @@ __all__ = [
     "TensorSignal",
     "Tensors",
     "allocate",
+    "clip_foreign",
     "fix",
     "noise_weights",
+    "unclip_foreign",
     "validate",
     "virtual_batches",
 ]

@@ -15,20 +15,45 @@ from typing import NamedTuple
 
 from dplip.errors import ConfigError
 
-__all__ = ["ALLOCATIONS", "Tensors", "allocate", "check_allocation"]
+__all__ = ["ALLOCATIONS", "Tensors", "allocate", "check_allocation", "joint"]
 
 
 class Tensors(NamedTuple):
-    """Sensitivity and number of entries of one parameter tensor, and the weight ``> 0`` of its noise energy."""
+    """Sensitivity and number of entries of one parameter tensor, and the weight ``> 0`` of its noise energy.
+
+    Tensors of one non-empty ``group`` have ``bound`` jointly, not each, and get noise of one standard deviation.
+    """
 
     bound: float
     dim: int
     weight: float = 1.0
+    group: str = ""
 
     @property
     def cost(self) -> float:
         """``sqrt(weight * dim)``."""
         return math.sqrt(self.weight * self.dim)
+
+
+def joint(tensors: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """``tensors`` with the members of each group put together as one tensor under the group's name.
+
+    With noise ``sigma`` on all members, ``sum_k ||v_k||^2 / sigma^2 <= bound^2 / sigma^2``: the group takes part in the
+    equality above like a single tensor.
+    """
+    together: dict[str, Tensors] = {}
+    for name, t in tensors.items():
+        key = t.group or name
+        old = together.get(key)
+        if old is None:
+            together[key] = t
+            continue
+        dim = old.dim + t.dim
+        weight = (old.weight * old.dim + t.weight * t.dim) / dim
+        # NaN is no bound
+        bound = max(old.bound, t.bound) if old.bound == old.bound and t.bound == t.bound else math.nan
+        together[key] = Tensors(bound, dim, weight, t.group)
+    return together
 
 
 def _global(tensors: Mapping[str, Tensors]) -> dict[str, float]:
@@ -70,9 +95,9 @@ def allocate(rule: str, tensors: Mapping[str, Tensors], noise_multiplier: float)
     for name, t in tensors.items():
         if not 0 <= t.bound < math.inf:  # NaN is not "no sensitivity"
             raise ConfigError(f"allocation: expected a finite sensitivity for '{name}', got {t.bound}; bound the model")
-    moving = {name: t for name, t in tensors.items() if t.bound > 0}
+    moving = joint({name: t for name, t in tensors.items() if t.bound > 0})
     unit = ALLOCATIONS[rule](moving) if moving else {}
-    sigma = {name: noise_multiplier * unit.get(name, 0.0) for name in tensors}
+    sigma = {name: noise_multiplier * unit.get(t.group or name, 0.0) for name, t in tensors.items()}
     if noise_multiplier > 0:
         check_allocation(tensors, sigma, noise_multiplier)
     return sigma
@@ -80,9 +105,13 @@ def allocate(rule: str, tensors: Mapping[str, Tensors], noise_multiplier: float)
 
 def check_allocation(tensors: Mapping[str, Tensors], sigma: Mapping[str, float], noise_multiplier: float) -> None:
     """Raise :class:`ConfigError` unless ``sum_k (s_k / sigma_k)^2 <= 1 / z^2`` up to rounding."""
-    moving = {name: t.bound for name, t in tensors.items() if t.bound > 0}
+    moving = joint({name: t for name, t in tensors.items() if t.bound > 0})
+    least: dict[str, float] = {}
+    for name, t in tensors.items():
+        key = t.group or name
+        least[key] = min(sigma[name], least.get(key, math.inf))
     spent = sum(
-        (noise_multiplier * (s / sigma[name])) ** 2 if sigma[name] > 0 else math.inf for name, s in moving.items()
+        (noise_multiplier * (t.bound / least[key])) ** 2 if least[key] > 0 else math.inf for key, t in moving.items()
     )
     if not spent <= 1 + 1e-9:
         raise ConfigError(f"allocation: expected z^2 sum (s/sigma)^2 <= 1, got {spent:g}; raise the noise")

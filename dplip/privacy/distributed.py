@@ -30,6 +30,7 @@ from dplip.privacy.distributed_sharded import (
     sum_gradients,
 )
 from dplip.privacy.engine import ClipFreeEngine, listed
+from dplip.privacy.foreign import ForeignModule
 from dplip.privacy.noise import NoiseSource, derived_seed
 from dplip.privacy.optimizer import ClipFreeOptimizer
 from dplip.privacy.plan import PrivacyPlan
@@ -145,6 +146,8 @@ class DistributedClipFreeEngine(ClipFreeEngine):
     def _sensitivity(self, module: nn.Module, domain: InputDomain, loss: BoundedLoss) -> StepSensitivity:
         if self._twin is None:
             return super()._sensitivity(module, domain, loss)
+        if any(isinstance(m, ForeignModule) for m in self._twin.module.modules()):
+            raise PlanError("engine: expected whole foreign modules, got sharded ones; use DDP or the plain module")
         self._twin.module.train()
         return ShardedSensitivity(self._twin, domain, loss)
 

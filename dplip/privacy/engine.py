@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sized
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dplip.errors import DataError, NoRuleError, PlanError
 from dplip.losses import BoundedLoss, bounded
 from dplip.privacy.arithmetic import Arithmetic
 from dplip.privacy.checkpoint import capture, restore, restore_ledger
+from dplip.privacy.foreign import clip_foreign, unclip_foreign
 from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource
 from dplip.privacy.optimizer import ClipFreeOptimizer
@@ -91,6 +93,7 @@ class ClipFreeEngine:
         delta: float = 1e-5,
         population: int | None = None,
         domain: InputDomain | None = None,
+        foreign: Mapping[str, float] | None = None,
         **plan_options: Any,
     ) -> tuple[nn.Module, ClipFreeOptimizer, PrivateLoader]:
         """Train with a given noise multiplier.
@@ -108,6 +111,8 @@ class ClipFreeEngine:
                 number becomes public.
             domain: where inputs live. By default any finite input of the first example's shape, where an example is a
                 sequence (x, ...).
+            foreign: ``{submodule: max_grad_norm}`` of the parts of ``module`` without a bound; their gradients are
+                clipped per example (:class:`dplip.privacy.ForeignModule`), the others' sensitivity is proved as usual.
             plan_options: ``sampling``, ``max_batch_size``, ``allocation``, ``noise_schedule`` of :class:`PrivacyPlan`.
 
         Raises:
@@ -115,7 +120,8 @@ class ClipFreeEngine:
         """
         settings = self._settings(data_loader, epochs, steps, delta, population, plan_options)
         plan = PrivacyPlan(noise_multiplier=noise_multiplier, **settings)
-        return self.attach(module, optimizer, data_loader.dataset, loss, plan, domain, data_loader.collate_fn)
+        with _clipping(module, foreign or {}):
+            return self.attach(module, optimizer, data_loader.dataset, loss, plan, domain, data_loader.collate_fn)
 
     def make_private_with_epsilon(
         self,
@@ -130,6 +136,7 @@ class ClipFreeEngine:
         steps: int | None = None,
         population: int | None = None,
         domain: InputDomain | None = None,
+        foreign: Mapping[str, float] | None = None,
         **plan_options: Any,
     ) -> tuple[nn.Module, ClipFreeOptimizer, PrivateLoader]:
         """Train with the least noise whose proven epsilon after all steps is at most ``target_epsilon``.
@@ -138,7 +145,8 @@ class ClipFreeEngine:
         """
         settings = self._settings(data_loader, epochs, steps, target_delta, population, plan_options)
         plan = PrivacyPlan.calibrated(target_epsilon=target_epsilon, **settings)
-        return self.attach(module, optimizer, data_loader.dataset, loss, plan, domain, data_loader.collate_fn)
+        with _clipping(module, foreign or {}):
+            return self.attach(module, optimizer, data_loader.dataset, loss, plan, domain, data_loader.collate_fn)
 
     def _settings(
         self,
@@ -372,6 +380,20 @@ class ClipFreeEngine:
                 this engine has taken more steps, which loading would forget.
         """
         restore_ledger(self, state)
+
+
+@contextmanager
+def _clipping(module: nn.Module, foreign: Mapping[str, float]) -> Iterator[None]:
+    """Wrap foreign submodules; a refusal inside the block leaves the module as it came."""
+    inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", module)
+    if foreign:
+        clip_foreign(inner, foreign)
+    try:
+        yield
+    except Exception:
+        if foreign:
+            unclip_foreign(inner, foreign)
+        raise
 
 
 def listed(schedulers: Any) -> list[Any]:

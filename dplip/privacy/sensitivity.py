@@ -15,7 +15,8 @@ from dplip.errors import PlanError
 from dplip.layers.snapshot import unchanged
 from dplip.losses import BoundedLoss
 from dplip.norms import Norms
-from dplip.privacy.allocation import Tensors
+from dplip.privacy.allocation import Tensors, joint
+from dplip.privacy.foreign import check_foreign, foreign_groups
 
 __all__ = ["StepSensitivity"]
 
@@ -52,8 +53,11 @@ class StepSensitivity:
             )
         self.dtype = kinds.pop()
         self.graph: Graph = trace(self.model)
+        self._clipped_together = foreign_groups(self.graph)
         self.cotangent = self._cotangent()  # evaluates node by node, so a shape that does not fit is named
         check_independence(self.model, self.graph, self.domain)
+        if self._clipped_together:
+            check_foreign(self.graph, input_like(self.model, self.domain))
         self.tensors()
 
     def _values(self) -> dict[str, torch.Tensor]:
@@ -88,9 +92,13 @@ class StepSensitivity:
             states = forward(self.graph, self.domain, input_like(self.model, self.domain))
             bounds = sensitivities(self.graph, states, self.cotangent)
         slack = 1 + self.numerical_slack
-        return {n: Tensors(slack * bounds.get(n, 0.0), p.numel()) for n, p in self.trainable.items()}
+        found = {n: Tensors(slack * bounds.get(n, 0.0), p.numel()) for n, p in self.trainable.items()}
+        for name, group in self._clipped_together.items():
+            if name in found:  # every copy of an example is clipped to the whole bound
+                found[name] = found[name]._replace(bound=self.loss.copies * found[name].bound, group=group)
+        return found
 
     @staticmethod
     def total(tensors: dict[str, Tensors]) -> float:
         """Joint l_2 sensitivity of all tensors under adding or removing one example."""
-        return math.hypot(*(t.bound for t in tensors.values()))
+        return math.hypot(*(t.bound for t in joint(tensors).values()))
