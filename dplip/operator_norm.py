@@ -117,7 +117,8 @@ def spectral_bound(weight: Tensor) -> float:
     if side <= EIGEN_LIMIT:
         squared: float | None = max(0.0, float(torch.linalg.eigvalsh(gram)[-1])) + slack
     else:
-        squared = _certified_bound(gram, _lanczos(w), slack)
+        del w  # its place is needed for the factor
+        squared = _certified_bound(gram, (spectral_estimate(weight) / power) ** 2, slack)
     return gram_bound(weight) if squared is None else math.sqrt(squared) * (1 + 4 * UNIT) * power
 
 
@@ -163,8 +164,11 @@ def spectral_estimate(weight: Tensor) -> float:
     """About the largest singular value, *not* a bound: the exact one up to :data:`EIGEN_LIMIT`, else a Ritz value."""
     if min(weight.shape) <= EIGEN_LIMIT:
         return spectral_bound(weight)
-    w, power = unit_scale(weight)
-    return power if power == 0 or math.isinf(power) else math.sqrt(_lanczos(w if len(w) <= w.shape[1] else w.T)) * power
+    w = weight.detach() if weight.shape[0] <= weight.shape[1] else weight.detach().T
+    if 2.0**-30 < _largest(w) < 2.0**30:  # no square over- or underflows, in float32 either
+        return math.sqrt(_lanczos(w))
+    w, power = unit_scale(w)
+    return power if power == 0 or math.isinf(power) else math.sqrt(_lanczos(w)) * power
 
 
 def _lanczos(w: Tensor, steps: int = 16) -> float:
@@ -173,10 +177,10 @@ def _lanczos(w: Tensor, steps: int = 16) -> float:
     at = torch.arange(1, n + 1, dtype=torch.float64, device=w.device)
     basis = w.new_zeros(min(steps, n), n)
     images = w.new_zeros(len(basis), w.shape[1])
-    r, first = torch.cos(at * at), 0.0  # public and without structure
+    r, first = torch.cos(at * at).to(w.dtype), 0.0  # public and without structure
     for j in range(len(basis)):
         size = float(torch.linalg.vector_norm(r))
-        if size <= 1e-12 * first:
+        if size <= 16 * torch.finfo(w.dtype).eps * first:
             break
         basis[j] = r / size
         images[j] = basis[j] @ w
@@ -184,6 +188,7 @@ def _lanczos(w: Tensor, steps: int = 16) -> float:
         first = first or float(torch.linalg.vector_norm(r))
         for _ in range(2):  # twice is enough (Kahan)
             r -= (basis[: j + 1] @ r) @ basis[: j + 1]
+    images = images.double()
     return float(torch.linalg.eigvalsh(images @ images.T)[-1])
 
 

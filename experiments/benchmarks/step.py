@@ -12,7 +12,8 @@ Modes, all on the same network of Lipschitz layers, the same batch and the same 
 * ``vmap``: per-example gradients by ``torch.func``, clipped, summed, noised; no projection.
 
 Times are medians over rounds in which every mode takes one step in turn, in one process; ``ratio_to_plain`` and
-``ratio_to_projected`` are medians of the ratios within a round. ``peak_mib`` is how far the resident set of a process
+``ratio_to_projected`` are medians of the ratios within a round; ``cpu_...`` are the same of processor time, which
+neighbours on a busy machine disturb less. ``peak_mib`` is how far the resident set of a process
 of its own rises above what it was before the model was built and after one step of the same mode on a batch of 8 (on a
 GPU: the allocator's peak).
 """
@@ -42,21 +43,24 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Callable[[], None], device: str) -> float:
+def timed(step: Callable[[], None], device: str) -> tuple[float, float]:
+    """Milliseconds on the clock, and of this process's processor time."""
     synchronize(device)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     step()
     synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - cpu)
 
 
-def rounds(steps: dict[str, Callable[[], None]], device: str, seconds: float, most: int) -> dict[str, list[float]]:
-    """Milliseconds of each mode, round by round; slow modes sit out most rounds."""
-    times: dict[str, list[float]] = {mode: [] for mode in steps}
-    cost = {mode: min(timed(step, device) for _ in range(2)) for mode, step in steps.items()}  # warm-up
+def rounds(
+    steps: dict[str, Callable[[], None]], device: str, seconds: float, most: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Times of each mode, round by round; slow modes sit out most rounds."""
+    times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in steps}
+    cost = {mode: min(timed(step, device)[0] for _ in range(2)) for mode, step in steps.items()}  # warm-up
     slow = {mode for mode, ms in cost.items() if ms > 1e3 * SLOW or ms > 20 * cost["plain"]}
     start, k = time.perf_counter(), 0
-    while k < 5 or (k < most and time.perf_counter() - start < seconds):
+    while k < 3 or (k < most and time.perf_counter() - start < seconds):
         order = list(steps)[k % len(steps) :] + list(steps)[: k % len(steps)]  # nobody always follows the same mode
         for mode in order:
             if mode not in slow or k < 3:
@@ -82,13 +86,16 @@ def measure(model: str, batch: int, options: argparse.Namespace) -> list[dict[st
         if mode in skipped:
             rows.append(row | {"skipped": skipped[mode]})
             continue
-        ms = times[mode]
+        ms, cpu = ([pair[k] for pair in times[mode]] for k in range(2))
         row |= {"ms": statistics.median(ms), "ms_quartiles": statistics.quantiles(ms, n=4)[::2], "rounds": len(ms)}
+        row["cpu_ms"] = statistics.median(cpu)
         for base in ("plain", "projected"):
             if base in times:
-                pairs = list(zip(ms, times[base], strict=False))
-                row[f"ratio_to_{base}"] = statistics.median(a / b for a, b in pairs)
-        row["peak_mib"] = None if options.no_peak else peak_mib(model, batch, mode, options.device, options.threads)
+                pairs = list(zip(times[mode], times[base], strict=False))
+                row[f"ratio_to_{base}"] = statistics.median(a[0] / b[0] for a, b in pairs)
+                row[f"cpu_ratio_to_{base}"] = statistics.median(a[1] / b[1] for a, b in pairs)
+        at = (model, batch, mode, options.device, options.threads)
+        row["peak_mib"] = peak_mib(*at) if mode in options.peak_modes else None
         rows.append(row)
     return rows
 
@@ -151,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=15.0, help="per model and batch")
     parser.add_argument("--rounds", type=int, default=100, help="at most, per model and batch")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB that per-example gradients may take")
-    parser.add_argument("--no-peak", action="store_true", help="do not measure memory")
+    parser.add_argument("--peak-modes", nargs="*", choices=MODES, default=list(MODES), help="whose memory to measure")
     parser.add_argument("--json", type=Path, help="where rows go")
     parser.add_argument("--figure", type=Path, help="where the plot goes")
     options = parser.parse_args(arguments)

@@ -25,7 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_and_figure(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     out, picture = tmp_path / "rows.json", tmp_path / "step.png"
-    arguments = "--models mlp --batches 4 6 --modes plain projected clip_free vmap --seconds 0 --no-peak --threads 1"
+    arguments = "--models mlp --batches 4 6 --modes plain projected clip_free vmap --seconds 0 --peak-modes --threads 1"
     try:
         assert benchmark.main([*arguments.split(), "--json", str(out), "--figure", str(picture)]) == 0
     finally:
