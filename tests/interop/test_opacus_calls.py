@@ -254,9 +254,12 @@ def test_exactly_the_classes_found_are_registered(monkeypatch):
 
 
 def test_preparing_twice_changes_nothing():
-    model = prepare(nn.Sequential(LinfDistance(6, 4)))
+    model = nn.Sequential(LinfDistance(6, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepare(model, optimizer)
     hooks = [*model[0]._forward_pre_hooks.values(), *model[0]._forward_hooks.values()]
-    prepare(model)
+    prepare(model, optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == 1
     assert [*model[0]._forward_pre_hooks.values(), *model[0]._forward_hooks.values()] == hooks
     assert [name for name, _ in model.named_buffers()] == ["0._one"]
     assert set(model.state_dict()) == {"0.weight", "0.bias"}

@@ -212,3 +212,55 @@ def test_ghost_forms_no_per_example_gradient(monkeypatch):
         model[2].weight[0, 0] = model[1](model[0](torch.ones(1, 6)))[0, 0]
     host(torch.ones(1, 6)).sum().backward()
     assert asked == ["SortLinear"]
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
+def test_hooks_without_a_wrapper(mode):
+    """``wrap_model=False``: the model stays itself, only hooks are attached."""
+    model = mixed("LinfDistance-p8").double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    g = torch.randn_like(model(x))
+    expected = loop(copy.deepcopy(model), x, g)
+    host = prepare_module(prepare(model), mode, wrap_model=False, loss_reduction="sum")
+    (model(x) * g).sum().backward()
+    if mode == "ghost":
+        torch.testing.assert_close(host.get_norm_sample(), norms(expected), rtol=1e-9, atol=1e-12)
+    else:
+        assert all(torch.allclose(p.grad_sample, expected[name]) for name, p in model.named_parameters())
+    host.cleanup()
+    model(x).sum().backward()  # nobody asks any more
+    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+
+
+@pytest.mark.parametrize("clipping", ["per_layer", "adaptive"])
+def test_other_clippings_train(clipping):
+    model = mixed("SortLinear")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {
+        "per_layer": {"max_grad_norm": [1.0] * len(list(model.parameters()))},
+        "adaptive": {
+            "max_grad_norm": 1.0,
+            "target_unclipped_quantile": 0.5,
+            "clipbound_learning_rate": 0.2,
+            "max_clipbound": 10.0,
+            "min_clipbound": 0.1,
+            "unclipped_num_std": 5.0,
+        },
+    }[clipping]
+    engine = PrivacyEngine(accountant=accountant("pld"))
+    private, optimizer, loader = engine.make_private(
+        module=prepare(model, optimizer),
+        optimizer=optimizer,
+        data_loader=DataLoader(TensorDataset(torch.randn(40, 6), torch.randint(2, (40,))), batch_size=10),
+        noise_multiplier=1.0,
+        clipping=clipping,
+        loss_reduction="sum",
+        **options,
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(private(x), y, reduction="sum").backward()
+        optimizer.step()
+    assert engine.accountant.history == [(1.0, 0.25, 4)]
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

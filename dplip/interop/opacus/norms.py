@@ -86,10 +86,10 @@ def _row_norms(layer: LipschitzLayer) -> Tensor | float | None:
 
 
 def _meet(x: Tensor, w: Tensor) -> bool:
-    """Whether any ``x[b, i] == w[o, i]``: neighbours in the sorted column, one of each kind and equal."""
-    value, at = torch.cat([x, w.detach().to(x.dtype)]).sort(0)
+    """Whether any ``x[b, i] == w[o, i]``: neighbours in a sorted column, one of each kind and equal."""
+    value, at = torch.cat([x, w.detach().to(x.dtype)]).T.contiguous().sort(1)
     of_x = at < len(x)
-    return bool(((value[1:] == value[:-1]) & (of_x[1:] != of_x[:-1])).any())
+    return bool(((value[:, 1:] == value[:, :-1]) & (of_x[:, 1:] != of_x[:, :-1])).any())
 
 
 def _in_chunks(call: Call, x: Tensor, g: Tensor) -> dict[str, Tensor]:

@@ -68,7 +68,9 @@ def prepare(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     watch(model)
     if optimizer is not None:
         inner = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
-        inner.register_step_post_hook(partial(_project, model))
+        hooks = inner._optimizer_step_post_hooks.values()
+        if not any(isinstance(h, partial) and h.func is _project and h.args[0] is model for h in hooks):
+            inner.register_step_post_hook(partial(_project, model))
     return model
 
 
