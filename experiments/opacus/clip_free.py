@@ -26,7 +26,7 @@ args = parser.parse_args()
 torch.manual_seed(args.seed)
 torch.set_num_threads(1)
 digits = data.load("mnist" if args.data_dir else "digits", args.data_dir)
-population, batch_size, epochs, delta = (60_000, 2_000, 5, 1e-5) if args.data_dir else (1_437, 400, 25, 1e-4)
+population, batch_size, epochs, delta = (60_000, 1_000, 2, 1e-5) if args.data_dir else (1_437, 400, 25, 1e-4)
 epochs = args.epochs or epochs
 shape = digits.train[0].shape[1:]
 
