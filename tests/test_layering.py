@@ -214,3 +214,10 @@ def test_import_is_light(module: str, heavy: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("stem", LAYERS)
 def test_every_layer_has_its_test(stem: str) -> None:
     assert (ROOT / "tests/layers" / f"test_{stem}.py").is_file()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_no_check_is_an_assert(path: Path) -> None:
+    """``python -O`` drops them, and ``assert (condition, message)`` never fails: one of the original privacy bugs."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))

@@ -40,8 +40,9 @@ from dplip.layers import AveragePool2d, ClippedReLU, Flatten
 from dplip.recipes import EpsSchedule, LocalLipschitzLoss
 
 EPS = (0.1, 0.3, 0.5, 1.58)
-RATIOS = (0.44, 0.61, 0.72, 0.96)  # local over global constant, the project's own earlier run of the original method
-CERTIFIED = {0.1: 92.3, 0.3: 17.3}  # the same run
+RATIOS = (0.44, 0.61, 0.72, 0.96)  # local over global constant in an earlier run of the original method, one seed
+CERTIFIED = {0.1: 92.3, 0.3: 17.3}  # the same run; the global constant certified 75.3 and 0
+SLACK = 0.05  # on ratios, which differ from network to network
 TRAINED_EPS = 0.5
 DOMAIN = (0.0, 1.0)
 FIGURE = Path(__file__).parent / "figures" / "local_lipschitz.png"
@@ -158,7 +159,7 @@ def compare(found: dict[str, list[Found]]) -> list[Claim]:
     claims = [Claim.at_most("largest local over global constant, 1,000 test points", [f.worst for f in plain], 1.0)]
     for eps, reference in zip(EPS, RATIOS, strict=True):
         name = f"plain: mean local over global constant at {eps:g}"
-        claims.append(Claim.at_most(name, [f.ratio[eps] for f in plain], reference))
+        claims.append(Claim.at_most(name, [f.ratio[eps] for f in plain], reference, SLACK))
     for eps, reference in CERTIFIED.items():
         name = f"plain: certified % at {eps:g}, local"
         claims.append(Claim.at_least(name, [f.certified("local", eps) for f in plain], reference))
@@ -174,8 +175,8 @@ def compare(found: dict[str, list[Found]]) -> list[Claim]:
     claims.append(Claim.at_least(f"local loss over plain: certified % at {TRAINED_EPS:g}", gain, 10.0))
     ratio = [a.ratio[TRAINED_EPS] - b.ratio[TRAINED_EPS] for a, b in _pairs(local, pooled)]
     claims.append(Claim.at_most(f"local loss over plain: local over global constant at {TRAINED_EPS:g}", ratio, 0.0))
-    lost = [a.certified("local", TRAINED_EPS) - a.certified("margin", TRAINED_EPS) for a in local]
-    claims.append(Claim.at_least(f"local loss: local over margin, certified % at {TRAINED_EPS:g}", lost, 0.0))
+    tighter = [a.certified("local", TRAINED_EPS) - a.certified("margin", TRAINED_EPS) for a in local]
+    claims.append(Claim.at_least(f"local loss: local over margin, certified % at {TRAINED_EPS:g}", tighter, 0.0))
     flipped = sum(f.flipped for several in found.values() for f in several)
     return [*claims, Claim.at_most("certified examples flipped by attack", float(flipped), 0.0)]
 

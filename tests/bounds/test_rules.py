@@ -186,3 +186,10 @@ def test_arguments_reach_a_functions_rule() -> None:
     register_rule(torch.nn.functional.hardtanh, lambda min_val, max_val, inplace: Scale(max_val - min_val))
     graph = trace(Model())
     assert lipschitz(graph, graph.evaluate(torch.zeros(1, 3))).l2 == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("module", [nn.RMSNorm(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Softmax(1)])
+def test_normalisations_without_a_constant_are_refused(module: nn.Module) -> None:
+    """RMSNorm with a weight of 3 has a Jacobian of norm 9; the original monotone networks offer it as 1-Lipschitz."""
+    with pytest.raises(NoRuleError, match=type(module).__name__):
+        trace(nn.Sequential(nn.Linear(4, 4), module))

@@ -177,3 +177,18 @@ def test_penalty_and_regions_count_bends() -> None:
 def test_options_out_of_range(options) -> None:
     with pytest.raises(ConfigError, match="LinearSpline: expected"):
         LinearSpline(2, **options)
+
+
+def test_grid_follows_the_dtype_and_a_state_dict_restores_the_function() -> None:
+    """The original's grid is neither a buffer nor converted, and a checkpoint of another size loads silently."""
+    spline = LinearSpline(4, intervals=7, reach=0.3, init="maxmin", scaled=True, ends="match")
+    with torch.no_grad():
+        spline.coefficients.add_(0.01 * torch.randn_like(spline.coefficients))
+        spline.scale.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
+    again = LinearSpline(4, intervals=7, reach=0.3, scaled=True, ends="match")
+    again.load_state_dict(spline.state_dict())
+    x = torch.randn(20, 4)
+    assert torch.equal(again(x), spline(x))
+    torch.testing.assert_close(spline.double()(x.double()), again(x).double(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        LinearSpline(4, intervals=8, reach=0.3, scaled=True, ends="match").load_state_dict(spline.state_dict())

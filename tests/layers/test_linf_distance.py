@@ -120,3 +120,18 @@ def test_shapes_are_checked() -> None:
         for x in (torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3).double()):
             with pytest.raises(ValueError, match="expected"):
                 LinfDistance(3, 2, p=p)(x)
+
+
+@pytest.mark.parametrize("p", [math.inf, 8.0])
+def test_views_are_read_as_they_are_and_templates_that_equal_the_input_are_finite(p: float) -> None:
+    """The original kernels read any layout as contiguous, and its fallback returns NaN where ``x == w``."""
+    layer = LinfDistance(6, 5, p=p).double()
+    wide = torch.randn(6, 7, dtype=torch.float64)
+    for view in (wide.T, torch.randn(7, 12, dtype=torch.float64)[:, ::2], wide[:, :1].T.expand(7, 6)):
+        assert not view.is_contiguous()
+        torch.testing.assert_close(layer(view), layer(view.contiguous()), rtol=1e-14, atol=0)
+    x = layer.weight.detach()[:1].clone().requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y[0, 0].item() == layer.bias[0].item()
+    assert bool(torch.isfinite(x.grad).all()) and bool(torch.isfinite(layer.weight.grad).all())

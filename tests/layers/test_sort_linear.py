@@ -89,3 +89,15 @@ def test_top_k_is_checked(k: int) -> None:
 def test_bounds_use_the_weights_as_stored() -> None:
     layer = SortLinear(3, 2, [0.4, 0.35, 0.25 + 9e-7])
     assert layer.row_norms().l1 == float(layer.order_weights.double().sum()) > 1
+
+
+def test_one_input_and_more_than_25_order_statistics() -> None:
+    """The original kernel stops at 25 and takes another path for one input; truncated weights still sum to 1."""
+    one = SortLinear.geometric(1, 3, rho=0.3)
+    x = torch.randn(4, 1)
+    torch.testing.assert_close(one(x), (x - one.weight.T).abs() + one.bias)
+    many = SortLinear.geometric(40, 2, rho=0.9, truncation=30).double()
+    assert len(many.order_weights) == 30 and float(many.order_weights.sum()) == pytest.approx(1.0)
+    x = torch.randn(4, 40, dtype=torch.float64)
+    ordered = (x[:, None] - many.weight).abs().sort(descending=True)[0][..., :30]
+    torch.testing.assert_close(many(x), ordered @ many.order_weights + many.bias)

@@ -216,3 +216,26 @@ def test_private_steps_use_bounds_of_the_mask_that_ran() -> None:
         seen.add(round(bound, 6))
         advance_masks(model)
     assert len(seen) > 1  # the mask of the step enters the bound
+
+
+def test_two_models_in_one_process_share_no_masks() -> None:
+    """The original keeps its masks in attributes of the class."""
+
+    def draws(model: nn.Module, other: nn.Module | None) -> list[torch.Tensor]:
+        seen = []
+        for _ in range(3):
+            seen.append(model(X).detach())
+            if other is not None:
+                other(X)
+                advance_masks(other)
+            advance_masks(model)
+        return seen
+
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            StochasticSortLinear(6, 5, 0.5, seed=seed), StochasticSortLinear(5, 3, 0.5, seed=9)
+        ).double()
+
+    alone, beside = draws(make(1), None), draws(make(1), make(2))
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
