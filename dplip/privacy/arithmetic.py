@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dplip.bounds import Graph
 from dplip.errors import PlanError
+from dplip.layers import AffineConv2d
 
 __all__ = ["Arithmetic"]
 
@@ -37,7 +39,8 @@ class Arithmetic:
 
     def __init__(self, graph: Graph, reference: Tensor) -> None:
         self.graph, self.reference = graph, reference
-        self._convolves = any("Conv" in type(layer).__name__ for layer in graph.layers())
+        parts = [part for layer in graph.layers() for part in layer.modules()]
+        self._convolves = any(isinstance(part, (AffineConv2d, _ConvNd)) for part in parts)
 
     def check(self, x: Tensor) -> None:
         """Raise :class:`PlanError` if a float32 model on ``x`` would compute in less than float32."""
@@ -103,8 +106,12 @@ def _lowered(kind: str, convolves: bool) -> str | None:
             continue
         precision = getattr(getattr(backend, operator, None), "fp32_precision", None)
         if precision is None:  # torch before 2.9
-            flag = {"cuda.matmul": backends.cuda.matmul, "cudnn.conv": backends.cudnn}.get(name)
-            precision = "tf32" if flag is not None and flag.allow_tf32 else "ieee"
+            flags = {
+                "mkldnn.matmul": torch.get_float32_matmul_precision() != "highest",
+                "cuda.matmul": backends.cuda.matmul.allow_tf32,
+                "cudnn.conv": backends.cudnn.allow_tf32,
+            }
+            precision = "tf32" if flags.get(name, False) else "ieee"
         if precision not in _FULL:
             return f"torch.backends.{name} at {precision!r}"
     return None

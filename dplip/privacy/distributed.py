@@ -29,7 +29,8 @@ from dplip.privacy.distributed_sharded import (
     reshard,
     sum_gradients,
 )
-from dplip.privacy.engine import ClipFreeEngine, listed
+from dplip.privacy.engine import ClipFreeEngine
+from dplip.privacy.engine_settings import listed
 from dplip.privacy.foreign import ForeignModule
 from dplip.privacy.noise import NoiseSource, derived_seed
 from dplip.privacy.optimizer import ClipFreeOptimizer

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,18 @@ from torch.utils.data import DataLoader
 from accountants import Accountant, Neighbors, make_accountant
 from dplip.bounds import InputDomain, input_like
 from dplip.checkpoint import load_checkpoint, save_checkpoint
-from dplip.errors import DataError, NoRuleError, PlanError
+from dplip.errors import NoRuleError, PlanError
 from dplip.losses import BoundedLoss, bounded
 from dplip.privacy.arithmetic import Arithmetic
 from dplip.privacy.checkpoint import capture, restore, restore_ledger
-from dplip.privacy.foreign import clip_foreign, unclip_foreign
+from dplip.privacy.engine_settings import (
+    PublicSizeWarning,
+    clipping,
+    dataset_size,
+    default_domain,
+    listed,
+    plan_settings,
+)
 from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource
 from dplip.privacy.optimizer import ClipFreeOptimizer
@@ -34,10 +39,6 @@ from dplip.privacy.sensitivity import StepSensitivity
 from dplip.privacy.validate import Finding, validate
 
 __all__ = ["ClipFreeEngine", "PublicSizeWarning"]
-
-
-class PublicSizeWarning(UserWarning):
-    """The dataset's size is being used as if it were public."""
 
 
 class ClipFreeEngine:
@@ -118,9 +119,11 @@ class ClipFreeEngine:
         Raises:
             PlanError, NoRuleError, MixesExamplesError, UnboundedInputError, DataError: before anything is spent.
         """
-        settings = self._settings(data_loader, epochs, steps, delta, population, plan_options)
+        settings = plan_settings(
+            data_loader, epochs, steps, delta, population, self.neighbors, self.accountant.name, plan_options
+        )
         plan = PrivacyPlan(noise_multiplier=noise_multiplier, **settings)
-        with _clipping(module, foreign or {}):
+        with clipping(module, foreign or {}):
             return self.attach(module, optimizer, data_loader.dataset, loss, plan, domain, data_loader.collate_fn)
 
     def make_private_with_epsilon(
@@ -143,48 +146,12 @@ class ClipFreeEngine:
 
         See :meth:`make_private` for the arguments.
         """
-        settings = self._settings(data_loader, epochs, steps, target_delta, population, plan_options)
+        settings = plan_settings(
+            data_loader, epochs, steps, target_delta, population, self.neighbors, self.accountant.name, plan_options
+        )
         plan = PrivacyPlan.calibrated(target_epsilon=target_epsilon, **settings)
-        with _clipping(module, foreign or {}):
+        with clipping(module, foreign or {}):
             return self.attach(module, optimizer, data_loader.dataset, loss, plan, domain, data_loader.collate_fn)
-
-    def _settings(
-        self,
-        loader: DataLoader[Any],
-        epochs: int | None,
-        steps: int | None,
-        delta: float,
-        population: int | None,
-        options: dict[str, Any],
-    ) -> dict[str, Any]:
-        if not isinstance(loader, DataLoader) or loader.batch_size is None:
-            raise PlanError(
-                "engine: expected a torch DataLoader with a batch_size, got another; build one with batch_size="
-            )
-        size = _size(loader.dataset)
-        if population is None:
-            population = size
-            warnings.warn(
-                f"the number of examples, {size}, sets the sampling probability and so becomes public; "
-                "pass population= with a public constant",
-                PublicSizeWarning,
-                stacklevel=3,
-            )
-        if not isinstance(population, int) or population < 1:
-            raise PlanError(f"plan.population: expected an integer >= 1, got {population!r}; fix the configuration")
-        q = min(1.0, loader.batch_size / population)
-        if (epochs is None) == (steps is None):
-            raise PlanError(f"engine: expected either epochs or steps, got {epochs} and {steps}; give one of them")
-        count = steps if steps is not None else epochs * max(1, round(1 / q))  # type: ignore[operator]
-        return {
-            "population": population,
-            "sampling_prob": q,
-            "steps": count,
-            "delta": delta,
-            "neighbors": self.neighbors.value,
-            "accountant": self.accountant.name,
-            **options,
-        }
 
     def attach(
         self,
@@ -204,10 +171,10 @@ class ClipFreeEngine:
                 f"engine: expected a plan for {self.accountant.name} and {self.neighbors.value}, got {plan.accountant} "
                 f"and {plan.neighbors}; create the engine with the plan's"
             )
-        sampler = self._sampler(plan, _size(dataset))
+        sampler = self._sampler(plan, dataset_size(dataset))
         loader = PrivateLoader(dataset, sampler, collate)
         proved: BoundedLoss = bounded(loss)
-        domain = _default_domain(dataset) if domain is None else domain
+        domain = default_domain(dataset) if domain is None else domain
         modes = [(m, m.training) for m in module.modules()]
         module.train()
         eager = getattr(module, "_orig_mod", module)  # what torch.compile wraps
@@ -380,45 +347,3 @@ class ClipFreeEngine:
                 this engine has taken more steps, which loading would forget.
         """
         restore_ledger(self, state)
-
-
-@contextmanager
-def _clipping(module: nn.Module, foreign: Mapping[str, float]) -> Iterator[None]:
-    """Wrap foreign submodules; a refusal inside the block leaves the module as it came."""
-    inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", module)
-    if foreign:
-        clip_foreign(inner, foreign)
-    try:
-        yield
-    except Exception:
-        if foreign:
-            unclip_foreign(inner, foreign)
-        raise
-
-
-def listed(schedulers: Any) -> list[Any]:
-    if schedulers is None:
-        return []
-    return list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
-
-
-def _size(dataset: Any) -> int:
-    if not isinstance(dataset, Sized):
-        raise PlanError(
-            f"engine: expected a map-style dataset with a length, got {type(dataset).__name__}; "
-            "Poisson sampling needs indices"
-        )
-    size = len(dataset)
-    if size == 0:
-        raise DataError("engine: expected a non-empty dataset, got 0 examples; check the data before training")
-    return size
-
-
-def _default_domain(dataset: Any) -> InputDomain:
-    """Any finite input of the first example's shape."""
-    try:
-        return InputDomain(tuple(torch.as_tensor(dataset[0][0]).shape))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise PlanError(
-            f"engine: expected examples (x, ...) with a tensor x, got {type(dataset[0]).__name__}; pass domain="
-        ) from error

@@ -165,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "plain" not in options.modes:
         parser.error("--modes: expected plain among them, got none to compare with; add it")
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False  # bounds are for float32, and every mode computes the same
     console, rows = Console(), []
     for model in options.models:
         for batch in options.batches:
