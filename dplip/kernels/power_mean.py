@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dplip.kernels.power_mean_blocked  # noqa: F401  registers the CPU path
 from dplip.kernels.dispatch import register, register_triton, select
-from dplip.kernels.distance import blocks, check_operands
+from dplip.kernels.distance import blocks, check_operands, wide
 from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
 from dplip.kernels.power_mean_interval import power_mean_interval
-from dplip.kernels.powers import check_exponent, mean_power, row_power, wide, wide_dtype
+from dplip.kernels.powers import check_exponent, mean_power, row_power
 
 __all__ = [
     "power_mean",
@@ -41,7 +42,7 @@ def power_mean_rows(t: Tensor, y: Tensor, p: float) -> Tensor:
 @register("power_mean", "reference")
 def power_mean_reference(x: Tensor, w: Tensor, p: float) -> Tensor:
     """Values [B, O]."""
-    x, w = wide(x), wide(w)
+    x, w = x.to(wide(x.dtype)), w.to(wide(w.dtype))
     y = x.new_empty(x.shape[0], w.shape[0])
     for rows, t in blocks(x, w):
         y[rows] = mean_power(t.abs_(), p)
@@ -52,7 +53,7 @@ def power_mean_reference(x: Tensor, w: Tensor, p: float) -> Tensor:
 def _backward_reference(
     x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float, want_x: bool, want_w: bool
 ) -> tuple[Tensor, Tensor]:
-    x, w = wide(x), wide(w)
+    x, w = x.to(wide(x.dtype)), w.to(wide(w.dtype))
     dx, dw = x.new_zeros(x.shape if want_x else 0), w.new_zeros(w.shape if want_w else 0)
     for rows, t in blocks(x, w):
         s = power_mean_rows(t, y[rows], p).mul_(dy[rows].unsqueeze(-1))
@@ -65,13 +66,13 @@ def _backward_reference(
 
 @register("power_mean_weight_grad", "reference")
 def _weight_grad_reference(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor:
-    return power_mean_rows(wide(x)[:, None] - wide(w), y, p).mul_(-dy.unsqueeze(-1))
+    return power_mean_rows(x.to(y.dtype)[:, None] - w.to(y.dtype), y, p).mul_(-dy.unsqueeze(-1))
 
 
 @register("power_mean_ghost_norm", "reference")
 def _ghost_norm_reference(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor:
     norm = torch.empty_like(y)
-    for rows, t in blocks(wide(x), wide(w)):
+    for rows, t in blocks(x.to(wide(x.dtype)), w.to(wide(w.dtype))):
         norm[rows] = torch.linalg.vector_norm(power_mean_rows(t, y[rows], p), dim=-1)
     return torch.linalg.vector_norm(norm.mul_(dy), dim=1)
 
@@ -105,7 +106,7 @@ def _forward_op(x: Tensor, w: Tensor, p: float) -> Tensor:
 
 @_forward_op.register_fake
 def _(x: Tensor, w: Tensor, p: float) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[0], dtype=wide_dtype(x))
+    return x.new_empty(x.shape[0], w.shape[0], dtype=wide(x.dtype))
 
 
 @torch.library.custom_op("dplip::power_mean_backward", mutates_args=())

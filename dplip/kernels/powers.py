@@ -6,23 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_exponent", "mean_power", "row_power", "whole_power", "wide", "wide_dtype"]
+__all__ = ["check_exponent", "mean_power", "row_power", "whole_power"]
 
 
 def check_exponent(operator: str, p: float) -> None:
     """Raise ``ValueError`` unless ``2 <= p < inf``."""
     if not 2 <= p < float("inf"):
         raise ValueError(f"{operator}: expected 2 <= p < inf, got {p}; p = inf is order_statistic")
-
-
-def wide_dtype(t: Tensor) -> torch.dtype:
-    """What ``t`` is computed in: float32 for the half precisions."""
-    return torch.float32 if t.dtype.itemsize < 4 else t.dtype
-
-
-def wide(t: Tensor) -> Tensor:
-    """``t`` in the dtype it is computed in."""
-    return t.to(wide_dtype(t))
 
 
 def mean_power(magnitude: Tensor, p: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dplip.errors import ConfigError
 from dplip.kernels.order_statistic import order_statistic, order_statistic_weight_grad
 from dplip.kernels.order_statistic_interval import order_statistic_interval
-from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_rows
+from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_weight_grad
 from dplip.layers.base import Shapes
 from dplip.layers.distance import DistanceLayer, RowNorms
 
@@ -89,9 +89,7 @@ class LinfDistance(DistanceLayer):
     def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
         if math.isinf(self.p):
             return order_statistic_weight_grad(x, w, self._one, g)
-        y = power_mean(x, w, self.p)
-        rows = power_mean_rows(x[:, None] - w, y, self.p)
-        return -self._gain() * g.unsqueeze(-1) * rows
+        return self._gain() * power_mean_weight_grad(x, w, self.p, g)
 
     def refuses_certificate(self) -> str | None:
         if math.isinf(self.p) or self.power_mean:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dplip.errors import ConfigError, NoRuleError
 from dplip.kernels.order_statistic import order_statistic, order_statistic_weight_grad
 from dplip.kernels.order_statistic_interval import order_statistic_interval
-from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_rows
+from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_weight_grad
 from dplip.layers.base import Shapes
 from dplip.layers.distance import RowNorms
 from dplip.layers.sort_linear import SortLinear, geometric_weights
@@ -162,8 +162,7 @@ class StochasticSortLinear(SortLinear):
         if math.isinf(self.p):
             grad[:, :, kept] = order_statistic_weight_grad(x, w, self._one, g)
         else:
-            rows = self._share(x) * power_mean_rows(x[:, None] - w, power_mean(x, w, self.p), self.p)
-            grad[:, :, kept] = -g.unsqueeze(-1) * rows
+            grad[:, :, kept] = self._share(x) * power_mean_weight_grad(x, w, self.p, g)
         return grad
 
     def distance_interval(self, lower: Tensor, upper: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
     whole = run()
     monkeypatch.setattr(distance, "_BLOCK_ELEMENTS", 2 * w.numel())
+    monkeypatch.setattr(distance, "_TILE_ELEMENTS", 2 * w.numel())
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -192,6 +193,93 @@ def test_interval_is_exact(p: float) -> None:
         torch.testing.assert_close(high, torch.stack([power_mean(x, w, p) for x in corners]).amax(0))
         nearest = torch.stack([power_mean(w[o].clamp(lower, upper), w, p)[:, o] for o in range(4)], 1)
         torch.testing.assert_close(low, nearest)
+
+
+@pytest.mark.parametrize("p", [2.0, 8.0, 7.5])
+def test_interval_gradients(p: float) -> None:
+    lower, w = (v.requires_grad_() for v in draw(4, 3, 5))
+    upper = (lower.detach() + torch.rand(4, 5, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *ends: power_mean_interval(*ends, p), (lower, upper, w))
+    low, high = power_mean_interval(lower, upper, w, p)
+    for end in (low, high):  # a row over both ends of the box has an l_1 norm of at most 1
+        rows = [torch.autograd.grad(end[:, o].sum(), [lower, upper], retain_graph=True) for o in range(3)]
+        assert all(float((a.abs() + b.abs()).sum(1).max()) <= 1 + 1e-12 for a, b in rows)
+
+
+def test_interval_gradient_of_a_point_is_the_distance() -> None:
+    x, w = (v.requires_grad_() for v in draw(3, 4, 5))
+    for end in power_mean_interval(x, x, w, 8.0):
+        got = torch.autograd.grad(end.sum(), [x, w], retain_graph=True)
+        for a, b in zip(got, torch.autograd.grad(power_mean(x, w, 8.0).sum(), [x, w]), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_interval_meets_its_weight() -> None:
+    """Zero distance, zero gradient; equally far ends credit the upper one."""
+    w = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    lower, upper = (torch.full((1, 2), v, dtype=torch.float64, requires_grad=True) for v in (-1.0, 1.0))
+    low, high = power_mean_interval(lower, upper, w, 4.0)
+    grads = torch.autograd.grad(low.sum(), [lower, upper, w], retain_graph=True)
+    assert low.item() == 0 and not any(g.any() for g in grads)
+    down, up = torch.autograd.grad(high.sum(), [lower, upper])
+    assert not down.any() and float(up.sum()) == pytest.approx(1)
+
+
+def test_interval_operators_and_transforms() -> None:
+    lower, w = draw(3, 4, 5)
+    upper = lower + 0.5
+    low, high = power_mean_interval(lower, upper, w, 8.0)
+    operators, ends = torch.ops.dplip, (lower, upper, w)
+    torch.library.opcheck(operators.power_mean_interval.default, (*ends, 8.0))
+    for need in [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]:
+        torch.library.opcheck(
+            operators.power_mean_interval_backward.default, (*ends, low, high, low.clone(), high.clone(), 8.0, *need)
+        )
+
+    def width(lower: Tensor, upper: Tensor, w: Tensor) -> Tensor:
+        low, high = power_mean_interval(lower, upper, w, 8.0)
+        return (high.square() - low).sum()
+
+    def alone(lower: Tensor, upper: Tensor, w: Tensor) -> Tensor:
+        return width(lower[None], upper[None], w)
+
+    whole = torch.func.grad(width, (0, 1, 2))(*ends)
+    mapped = torch.func.vmap(torch.func.grad(alone, (0, 1, 2)), (0, 0, None))(*ends)
+    for a, b in zip((*mapped[:2], mapped[2].sum(0)), whole, strict=True):
+        torch.testing.assert_close(a, b)
+    by_inputs = torch.func.vmap(torch.func.grad(alone, (0, 1)), (0, 0, None))(*ends)
+    torch.testing.assert_close(by_inputs, whole[:2])
+    lower.requires_grad_()
+    (first,) = torch.autograd.grad(power_mean_interval(lower, upper, w, 8.0)[0].sum(), lower, create_graph=True)
+    with pytest.raises(NotImplementedError, match="power_mean_interval: expected one derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [2.0, 3.0, 8.0, 24.0, 64.0, 7.5, 1000.0])
+def test_fast_paths_are_the_reference(p: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every scale, with examples of very different ones, a lone large entry, NaN and infinity."""
+    x, w = (v.to(dtype) for v in draw(8, 5, 40))
+    dy = torch.randn(8, 5, dtype=dtype)
+    x *= torch.logspace(-18, 18, 8, dtype=dtype)[:, None]
+    x[3], x[4, 7] = w[2], 1e9
+    broken = x.clone()
+    broken[0, 0], broken[5, 3] = float("nan"), float("inf")
+
+    def run(x: Tensor) -> list[Tensor]:
+        operators, y = torch.ops.dplip, torch.ops.dplip.power_mean(x, w, p)
+        ends = operators.power_mean_interval(x - 0.1, x + 0.1, w, p)
+        rest = operators.power_mean_weight_grad(x, w, y, dy, p), operators.power_mean_ghost_norm(x, w, y, dy, p)
+        return [y, *ends, *operators.power_mean_backward(x, w, y, dy, p, True, True), *rest]
+
+    fast, unfit = run(x), run(broken)
+    monkeypatch.setenv("DPLIP_KERNELS", "reference")
+    slack = (8 * p + 40) * torch.finfo(dtype).eps
+    for got, expected in zip(fast, run(x), strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, expected, rtol=slack, atol=slack)
+    for got, expected in zip(unfit[:3], run(broken)[:3], strict=True):
+        assert torch.equal(got.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("p", [1.0, 1.99, -2.0, float("inf"), float("nan")])
