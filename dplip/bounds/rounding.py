@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far floating-point evaluation can leave the real-number bounds."""
+"""How far floating-point evaluation can leave the real-number bounds.
+
+Nothing here covers float16 or bfloat16. A value stored in them moves by ``u`` = 2^-11 or 2^-8 of its own magnitude, and
+a stored gradient of a whole batch by ``u`` of the batch's sum, neither of which one example's bound knows. So private
+training refuses autocast wherever it lowers a layer (:mod:`dplip.privacy.arithmetic`), and certificates refuse it
+altogether. Selections alone would be safe: whichever coordinate a rounded distance credits, the row keeps its norm.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ class Subject:
         deployed: dtype of the deployed arithmetic.
 
     Raises:
-        UnsoundCertificate: a submodule is in training mode, or a layer is not the function that is deployed.
+        UnsoundCertificate: a submodule is in training mode, a layer is not the function that is deployed, or autocast
+            is on.
         NoRuleError, MixesExamplesError: see :func:`dplip.bounds.trace`.
     """
 
@@ -65,6 +66,12 @@ class Subject:
                 f"certify: expected evaluation mode, got {training[0]!r} in training mode; call model.eval() first"
             )
         self.model = model
+        for kind in {t.device.type for t in (*model.parameters(), *model.buffers())} | {"cpu"}:
+            if torch.is_autocast_enabled(kind):
+                raise UnsoundCertificate(
+                    f"certify: expected the deployed arithmetic, got autocast to {torch.get_autocast_dtype(kind)} on "
+                    f"{kind}; certify outside torch.autocast"
+                )
         owned = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
         self.deployed = owned[0].dtype if owned else dtype
         self.device = owned[0].device if owned else None

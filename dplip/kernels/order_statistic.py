@@ -54,7 +54,7 @@ def _forward(x: Tensor, w: Tensor, c: Tensor, with_index: bool, fast: bool) -> t
     index = torch.empty((*y.shape, k) if with_index else _NO_INDEX, dtype=torch.int32, device=x.device)
     for rows, t in (tiles if fast else blocks)(x, w):
         value, at = largest(t.abs_(), k, with_index) if fast else largest_reference(t.abs_(), k)
-        y[rows] = value @ c if k > 1 else value[..., 0] * c
+        y[rows] = (value * c).sum(-1)  # not a matrix product, which TF32 or autocast could round
         if with_index:
             index[rows] = at.to(torch.int32)
     return y, index
@@ -147,35 +147,43 @@ def _(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
 
 class _OrderStatistic(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, w: Tensor, c: Tensor, with_index: bool) -> tuple[Tensor, Tensor]:
-        y, index = _forward_op(x, w, c, with_index)
+    def forward(x: Tensor, w: Tensor, c: Tensor, with_index: bool, low: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        # Outside the raw operator, where a watcher of dtypes sees it.
+        operands = (x, w) if low is None else (x.to(low), w.to(low))
+        y, index = _forward_op(*operands, c, with_index)
         return y, index
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, w, c, ctx.with_index = inputs
+        x, w, c, ctx.with_index, ctx.low = inputs
         ctx.save_for_backward(x, w, c, output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, w, c, index = ctx.saved_tensors
         if not ctx.with_index:
-            index = _OrderStatistic.apply(x, w, c, True)[1]
+            index = _OrderStatistic.apply(x, w, c, True, ctx.low)[1]
         need_x, need_w = ctx.needs_input_grad[:2]
         dx, dw = _Backward.apply(x, w, c, index, dy, need_x, need_w)
-        return dx.to(x.dtype) if need_x else None, dw.to(w.dtype) if need_w else None, None, None
+        return dx.to(x.dtype) if need_x else None, dw.to(w.dtype) if need_w else None, None, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, c: Tensor, with_index: bool
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        w: Tensor,
+        c: Tensor,
+        with_index: bool,
+        low: torch.dtype | None,
     ) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]:
-        n, (of_x, of_w, of_c, _) = info.batch_size, in_dims
+        n, (of_x, of_w, of_c, *_) = info.batch_size, in_dims
         if of_c is not None or (of_x is not None and of_w is not None):
-            return sample_by_sample(_OrderStatistic.apply, n, in_dims, (x, w, c, with_index))
+            return sample_by_sample(_OrderStatistic.apply, n, in_dims, (x, w, c, with_index, low))
         axis = 0 if of_w is None else 1
         operands = (fold(x, of_x, n), w) if of_w is None else (x, fold(w, of_w, n))
-        y, index = _OrderStatistic.apply(*operands, c, with_index)
+        y, index = _OrderStatistic.apply(*operands, c, with_index, low)
         if with_index:
             return (unfold(y, n, axis), unfold(index, n, axis)), (axis, axis)
         return (unfold(y, n, axis), index), (axis, None)
@@ -247,33 +255,44 @@ class _WeightGrad(torch.autograd.Function):
         return unfold(_WeightGrad.apply(x, w, c, index, dy), n), 0
 
 
-def check_weights(operator: str, x: Tensor, c: Tensor) -> None:
-    """Raise ``ValueError`` unless ``c`` holds 1 to I weights of the result's dtype."""
-    if c.ndim != 1 or not 1 <= len(c) <= x.shape[1] or c.dtype != wide(x.dtype):
+def check_weights(operator: str, x: Tensor, c: Tensor) -> Tensor:
+    """``c`` in the dtype of results; raise ``ValueError`` unless it holds 1 to I weights of it or of that of ``x``."""
+    if c.ndim != 1 or not 1 <= len(c) <= x.shape[1] or c.dtype not in (x.dtype, wide(x.dtype)):
         raise ValueError(
             f"{operator}: expected 1..{x.shape[1]} weights of {wide(x.dtype)}, got {tuple(c.shape)} of {c.dtype}"
         )
+    return c.to(wide(x.dtype))
 
 
-def order_statistic(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
-    """``x`` [B, I], ``w`` [O, I], ``c`` [K] with K <= I, ``c >= 0`` -> [B, O]. Differentiable in x and w, once.
+def order_statistic(x: Tensor, w: Tensor, c: Tensor, low: torch.dtype | None = None) -> Tensor:
+    """``x`` [B, I], ``w`` [O, I], ``c`` [K] with K <= I, ``c >= 0`` -> [B, O] in the dtype of ``c``.
+
+    Differentiable in x and w, once.
+
+    With ``low`` (float16 or bfloat16) values and indices are those of the operands rounded to it, and float16 kernels
+    may round differences too; ``x`` and ``w`` themselves stay as they are for the backward pass, whose sums are float32
+    or wider. A row of the Jacobian is a signed arrangement of ``c`` whichever indices are credited, so every bound on
+    gradients holds as it is; only values move, by up to ``u (|x_i| + |w_i| + |x_i - w_i|)`` each, ``u`` = 2^-11 or
+    2^-8.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or there are more weights than coordinates.
         NotImplementedError: a second derivative is asked for.
     """
     check_operands("order_statistic", x, w)
-    check_weights("order_statistic", x, c)
+    weights = check_weights("order_statistic", x, c)
+    if low not in (None, torch.float16, torch.bfloat16):
+        raise ValueError(f"order_statistic: expected low None, float16 or bfloat16, got {low}")
     with_index = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    y: Tensor = _OrderStatistic.apply(x, w, c, with_index)[0]
-    return y
+    y: Tensor = _OrderStatistic.apply(x, w, weights, with_index, low)[0]
+    return y.to(c.dtype)
 
 
 @torch.no_grad()
 def order_statistic_indices(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
     """The credited coordinates [B, O, K] (int64): where the K largest ``|x_b - w_o|`` sit."""
     check_operands("order_statistic", x, w)
-    index: Tensor = _forward_op(x, w, c, True)[1]
+    index: Tensor = _forward_op(x, w, check_weights("order_statistic", x, c), True)[1]
     return index.long()
 
 
@@ -281,6 +300,7 @@ def order_statistic_indices(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
 def order_statistic_weight_grad(x: Tensor, w: Tensor, c: Tensor, dy: Tensor) -> Tensor:
     """Each example's gradient in ``w`` for cotangents ``dy`` [B, O]: [B, O, I]."""
     check_operands("order_statistic_weight_grad", x, w)
+    c = check_weights("order_statistic_weight_grad", x, c)
     grad: Tensor = _weight_grad_op(x, w, c, _forward_op(x, w, c, True)[1], dy.to(c.dtype))
     return grad
 
@@ -292,5 +312,6 @@ def order_statistic_ghost_norm(x: Tensor, w: Tensor, c: Tensor, dy: Tensor) -> T
     It is at most ``||c||_2 ||dy_b||_2``, and equal to it where no credited coordinate has ``x_bi = w_oi``.
     """
     check_operands("order_statistic_ghost_norm", x, w)
+    c = check_weights("order_statistic_ghost_norm", x, c)
     norm: Tensor = _ghost_norm_op(x, w, c, _forward_op(x, w, c, True)[1], dy.to(c.dtype))
     return norm

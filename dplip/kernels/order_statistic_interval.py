@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dplip.errors import UnsoundCertificate
 from dplip.kernels.dispatch import register, select
 from dplip.kernels.distance import blocks, check_operands, row_blocks, tiles, wide
 from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
@@ -53,7 +54,7 @@ def _forward(lower: Tensor, upper: Tensor, w: Tensor, c: Tensor, with_index: boo
         far = torch.maximum(below.abs_(), above.abs_(), out=below)
         for t, y, index in ((near, low, at_low), (far, high, at_high)):
             value, at = largest(t, len(c), with_index) if fast else largest_reference(t, len(c))
-            y[rows] = value @ c
+            y[rows] = (value * c).sum(-1)
             if with_index:
                 index[rows] = at.to(torch.int32)
     return low, high, at_low, at_high
@@ -234,8 +235,15 @@ def order_statistic_interval(lower: Tensor, upper: Tensor, w: Tensor, c: Tensor)
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or there are more weights ``c`` [K] than coordinates.
+        UnsoundCertificate: an operand is float16 or bfloat16.
         NotImplementedError: a second derivative is asked for.
     """
+    for v in (lower, upper, w):
+        if v.dtype in (torch.float16, torch.bfloat16):
+            raise UnsoundCertificate(
+                f"order_statistic_interval: expected bounds in float32 or float64, got {v.dtype}, whose rounding no "
+                "bound covers; compute bounds outside autocast"
+            )
     check_operands("order_statistic_interval", lower, w)
     check_operands("order_statistic_interval", upper, w)
     if lower.shape != upper.shape:
@@ -243,7 +251,7 @@ def order_statistic_interval(lower: Tensor, upper: Tensor, w: Tensor, c: Tensor)
             f"order_statistic_interval: expected one shape, got lower {tuple(lower.shape)} and upper "
             f"{tuple(upper.shape)}"
         )
-    check_weights("order_statistic_interval", w, c)
+    c = check_weights("order_statistic_interval", w, c)
     with_index = torch.is_grad_enabled() and any(v.requires_grad for v in (lower, upper, w))
     low, high = _Interval.apply(lower, upper, w, c, with_index)[:2]
     return low, high

@@ -8,10 +8,13 @@ of ``c_o`` at ties too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dplip.kernels.distance import blocks, check_operands
+from dplip.kernels.folding import fold, sample_by_sample, unfold
 
 __all__ = [
     "signed_order_statistic",
@@ -21,13 +24,48 @@ __all__ = [
 ]
 
 
+@torch.library.custom_op("dplip::signed_order_statistic_indices", mutates_args=())
+def _indices_op(x: Tensor, w: Tensor, k: int, magnitude: bool) -> Tensor:
+    index = torch.empty(x.shape[0], w.shape[0], k, dtype=torch.int64, device=x.device)
+    for rows, t in blocks(x, w):
+        index[rows] = (t.abs_() if magnitude else t).topk(k, dim=-1, sorted=True)[1]
+    return index
+
+
+@_indices_op.register_fake
+def _(x: Tensor, w: Tensor, k: int, magnitude: bool) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0], k, dtype=torch.int64)
+
+
+class _Indices(torch.autograd.Function):
+    """Has no derivative; a Function for its ``vmap``."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, k: int, magnitude: bool) -> Tensor:
+        index: Tensor = _indices_op(x, w, k, magnitude)
+        return index
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> tuple[None, None, None, None]:
+        return None, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, k: int, magnitude: bool
+    ) -> tuple[Any, Any]:
+        if in_dims[1] is not None:
+            return sample_by_sample(_Indices.apply, info.batch_size, in_dims, (x, w, k, magnitude))
+        return unfold(_Indices.apply(fold(x, in_dims[0], info.batch_size), w, k, magnitude), info.batch_size), 0
+
+
 def signed_order_statistic_indices(x: Tensor, w: Tensor, k: int, magnitude: bool) -> Tensor:
     """Where the ``k`` largest entries sit: int64 [B, O, k], in descending order of value."""
     check_operands("signed_order_statistic", x, w)
-    index = torch.empty(x.shape[0], w.shape[0], k, dtype=torch.int64, device=x.device)
-    with torch.no_grad():
-        for rows, t in blocks(x, w):
-            index[rows] = (t.abs_() if magnitude else t).topk(k, dim=-1, sorted=True)[1]
+    index: Tensor = _Indices.apply(x.detach(), w.detach(), k, magnitude)
     return index
 
 
@@ -51,7 +89,7 @@ def signed_order_statistic(x: Tensor, w: Tensor, c: Tensor, magnitude: bool = Tr
             f"signed_order_statistic: expected weights [{w.shape[0]}, 1..{x.shape[1]}] of {x.dtype}, "
             f"got {tuple(c.shape)} of {c.dtype}"
         )
-    index = signed_order_statistic_indices(x.detach(), w.detach(), c.shape[1], magnitude)
+    index = signed_order_statistic_indices(x, w, c.shape[1], magnitude)
     return (sorted_values(x, w, index, magnitude) * c).sum(-1)
 
 

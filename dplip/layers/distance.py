@@ -17,6 +17,7 @@ from dplip.norms import Norms, OperatorNorms
 __all__ = ["INITS", "DistanceLayer", "RowNorms"]
 
 INITS = ("normal", "uniform", "templates", "identity")
+_HALF = (torch.float16, torch.bfloat16)
 _IDENTITY = 10.0  # of the source; larger than the inputs, so that this coordinate attains the maximum
 
 
@@ -50,7 +51,16 @@ class DistanceLayer(LipschitzLayer):
     Raises:
         ConfigError: a size is not positive or ``init`` is unknown.
         ValueError: ``forward`` gets anything but [B, in_features].
+
+    Mixed precision. Under ``torch.autocast`` distances stay float32. With :attr:`half_training` set, selections
+    (``p = inf`` and order statistics) are made among float16 or bfloat16 values in training mode, and gradients are
+    still float32 sums of signed rows, of the norms above. Evaluation, intervals and certificates never round. Private
+    training refuses half precision by the name of the layer: activations move by up to ``u (|x| + |w|)``, 2^-11 or 2^-8
+    of their *magnitude*, while their bounds are relative to the distance from the reference.
     """
+
+    half_training: bool = False
+    """Whether autocast may choose coordinates in half precision while training. Assign it; never in private runs."""
 
     def __init__(
         self,
@@ -110,8 +120,20 @@ class DistanceLayer(LipschitzLayer):
     def per_sample_weight_grad(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
         """``dL_b/dw`` for cotangents ``g`` [N, M]: [N, M, in_features]."""
 
+    def _operand(self, x: Tensor) -> Tensor:
+        """Under autocast, a half-precision output of the layer before in the weight's own precision."""
+        return x.to(self.weight.dtype) if torch.is_autocast_enabled(x.device.type) and x.dtype in _HALF else x
+
+    def _low(self, x: Tensor) -> torch.dtype | None:
+        """The dtype to select in, None where it is that of ``x``."""
+        kind = x.device.type
+        if not (self.half_training and self.training and torch.is_autocast_enabled(kind)) or x.dtype != torch.float32:
+            return None
+        dtype = torch.get_autocast_dtype(kind)
+        return dtype if dtype in _HALF else None
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.distance(x, self.weight)
+        y = self.distance(self._operand(x), self.weight)
         return y if self.bias is None else y + self.bias
 
     def operator_norms(self, shapes: Shapes) -> OperatorNorms:

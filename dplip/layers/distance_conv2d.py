@@ -82,7 +82,7 @@ class DistanceConv2d(DistanceLayer):
         return joined.permute(0, 3, 1, 2).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = zip(self._windows(x), self.weight.chunk(self.groups), strict=True)
+        rows = zip(self._windows(self._operand(x)), self.weight.chunk(self.groups), strict=True)
         y = self._images([self.distance(r, w) for r, w in rows], x.shape[2:])
         return y if self.bias is None else y + self.bias[:, None, None]
 

@@ -71,8 +71,8 @@ class LinfDistance(DistanceLayer):
 
     def distance(self, x: Tensor, w: Tensor) -> Tensor:
         if math.isinf(self.p):
-            return order_statistic(x, w, self._one)
-        return self._gain() * power_mean(x, w, self.p)
+            return order_statistic(x, w, self._one, self._low(x))
+        return self._gain() * power_mean(x, w, self.p).to(w.dtype)
 
     def distance_interval(self, lower: Tensor, upper: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         if math.isinf(self.p):

@@ -90,7 +90,7 @@ class SortLinear(DistanceLayer):
         return cls(in_features, out_features, top_k_weights(in_features, k), **options)
 
     def distance(self, x: Tensor, w: Tensor) -> Tensor:
-        return order_statistic(x, w, self.order_weights)
+        return order_statistic(x, w, self.order_weights, self._low(x))
 
     def distance_interval(self, lower: Tensor, upper: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return order_statistic_interval(lower, upper, w, self.order_weights)

@@ -121,8 +121,8 @@ class StochasticSortLinear(SortLinear):
         if x.shape[1] == 0:
             return F.linear(x, w)  # zeros that autograd knows
         if math.isinf(self.p):
-            return order_statistic(x, w, self._one)
-        return self._share(x) * power_mean(x, w, self.p)
+            return order_statistic(x, w, self._one, self._low(x))
+        return self._share(x) * power_mean(x, w, self.p).to(w.dtype)
 
     def _share(self, kept: Tensor) -> float:
         """From the mean over the kept coordinates to a sum divided by ``d``: below 1 for every mask."""

@@ -96,6 +96,19 @@ def test_refuses_training_mode_anywhere():
         certify(build("relu").train(), inputs())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_refuses_autocast_and_never_selects_in_half_precision(method):
+    model, x = build("linf"), inputs()
+    before = certify(model, x, method=method)
+    for layer in model.modules():
+        if isinstance(layer, LinfDistance):
+            layer.half_training = True
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype), pytest.raises(UnsoundCertificate, match="autocast to torch"):
+            certify(model, x, method=method)
+    assert torch.equal(certify(model, x, method=method).radius, before.radius)
+
+
 def test_refuses_a_layer_that_is_not_the_deployed_function():
     plain = LinfDistance(D, C, p=8, power_mean=False)
     for model in (nn.Sequential(plain), plain, ReferenceShift(plain, 0.0)):

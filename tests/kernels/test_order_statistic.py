@@ -243,6 +243,35 @@ def test_gradients_without_a_saved_index() -> None:
     x, w = (v.requires_grad_() for v in draw(3, 4, 6))
     c = torch.ones(2, dtype=torch.float64)
     expected = torch.autograd.grad(order_statistic(x, w, c).sum(), (x, w))
-    got = torch.autograd.grad(_OrderStatistic.apply(x, w, c, False)[0].sum(), (x, w))
+    got = torch.autograd.grad(_OrderStatistic.apply(x, w, c, False, None)[0].sum(), (x, w))
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 3])
+def test_low_precision_selects_and_gradients_keep_their_norms(k: int, dtype: torch.dtype) -> None:
+    """Operands so close that rounding changes which coordinate is the farthest."""
+    x, w = (3 + 0.01 * torch.randn(*shape) for shape in ((40, 30), (8, 30)))
+    x, w, c = x.requires_grad_(), w.requires_grad_(), torch.rand(k)
+    y = order_statistic(x, w, c, dtype)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, order_statistic(x.detach().to(dtype), w.detach().to(dtype), c))
+    assert not torch.equal(y, order_statistic(x, w, c))
+    for o in range(8):
+        (row,) = torch.autograd.grad(y[:, o].sum(), x, retain_graph=True)
+        assert row.dtype == torch.float32
+        assert float(row.abs().sum(1).max()) <= float(c.sum()) * (1 + 1e-6)
+        assert float(row.norm(dim=1).max()) <= float(c.norm()) * (1 + 1e-6)
+    x0, w0, dy = x.detach(), w.detach(), torch.randn(40, 8)
+    loss = torch.func.grad(lambda w, x, g: (order_statistic(x[None], w, c, dtype)[0] * g).sum())
+    norms = torch.func.vmap(loss, (None, 0, 0))(w0, x0, dy).flatten(1).norm(dim=1)
+    assert bool((norms <= c.norm() * dy.norm(dim=1) * (1 + 1e-6)).all())
+    moved = (y - order_statistic(x, w, c)).detach().abs().max()
+    u = torch.finfo(dtype).eps / 2
+    assert 0 < float(moved) <= float(c.sum()) * u * (float(x0.abs().max()) + float(w0.abs().max())) * (1 + 1e-6)
+
+
+def test_low_precision_is_half() -> None:
+    with pytest.raises(ValueError, match="float16 or bfloat16"):
+        order_statistic(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), torch.float64)

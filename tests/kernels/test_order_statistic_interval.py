@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dplip.errors import UnsoundCertificate
 from dplip.kernels import distance
 from dplip.kernels import order_statistic_interval as operator
 from dplip.kernels.dispatch import select
@@ -167,6 +168,13 @@ def test_nan_stays_visible() -> None:
     lower[0, 1], upper[1, 2] = torch.nan, torch.nan
     for end in order_statistic_interval(lower, upper, w, torch.ones(1, dtype=torch.float64)):
         assert end[:2].isnan().all() and end[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bounds_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    operands = [v.to(dtype) for v in boxes(2, 3, 4)]
+    with pytest.raises(UnsoundCertificate, match="expected bounds in float32 or float64"):
+        order_statistic_interval(*operands, torch.ones(1))
 
 
 @pytest.mark.parametrize(

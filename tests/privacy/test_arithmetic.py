@@ -9,7 +9,7 @@ from torch import nn
 
 from dplip.bounds import InputDomain, trace
 from dplip.errors import PlanError
-from dplip.layers import Abs, BallClip, MaxMin, NormalizedConv2d, NormalizedLinear, PositionBias, Scale
+from dplip.layers import Abs, BallClip, LinfDistance, MaxMin, NormalizedConv2d, NormalizedLinear, PositionBias, Scale
 from dplip.losses import CrossEntropy
 from dplip.privacy.arithmetic import Arithmetic, _lowered
 from tests.privacy.toy import CLASSES, DIM, attach, net
@@ -76,6 +76,20 @@ def test_a_model_that_is_one_layer_is_checked_too() -> None:
     attach(module)
     with torch.autocast("cpu", torch.bfloat16):
         assert module(torch.rand(3, DIM)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_distances_in_half_precision_are_refused_by_node(dtype: torch.dtype) -> None:
+    """Left alone, autocast does not reach them; asked for, half precision is seen."""
+    module = nn.Sequential(LinfDistance(DIM, 4), LinfDistance(4, CLASSES))
+    attach(module)
+    with torch.autocast("cpu", dtype):
+        plain = module(torch.rand(3, DIM))
+    assert plain.dtype == torch.float32
+    module[1].half_training = True
+    with torch.autocast("cpu", dtype), pytest.raises(PlanError, match="node '_1'"):
+        module(torch.rand(3, DIM))
+    module(torch.rand(3, DIM))
 
 
 def test_float64_is_left_alone() -> None:
