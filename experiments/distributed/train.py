@@ -90,17 +90,23 @@ def train(seed: int, args: argparse.Namespace, device: str) -> dict[str, Any]:
             engine.save_checkpoint(path)  # before anything of the epoch is shown
     model.eval()
     with torch.no_grad():
-        right = (model(data.test.x.to(device)).argmax(1).cpu() == data.test.y).double().mean()
-    return {"accuracy": right.item(), "steps": private.steps_taken, "plan": private.plan.to_dict()}
+        logits = model(data.test.x.to(device)).cpu()
+    right = (logits.argmax(1) == data.test.y).double().mean().item()
+    test_loss = float(loss(logits, data.test.y)) / len(data.test.y)
+    return {"accuracy": right, "loss": test_loss, "steps": private.steps_taken, "plan": private.plan.to_dict()}
 
 
 def summary(runs: list[dict[str, Any]]) -> str:
     """One line on runs that share a plan."""
     epsilon = PrivacyPlan.from_dict(runs[0]["plan"]).epsilon(runs[0]["steps"])
-    accuracies = [100 * r["accuracy"] for r in runs]
-    spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+
+    def over_runs(key: str, scale: float = 1.0) -> str:
+        found = [scale * r[key] for r in runs]
+        digits = 2 if scale > 1 else 4
+        return f"{statistics.mean(found):.{digits}f} +- {statistics.stdev(found) if len(found) > 1 else 0.0:.{digits}f}"
+
     return (
-        f"accuracy {statistics.mean(accuracies):.2f} +- {spread:.2f} %, epsilon {epsilon:.6f}, "
+        f"accuracy {over_runs('accuracy', 100)} %, loss {over_runs('loss')}, epsilon {epsilon:.6f}, "
         f"{runs[0]['steps']} steps, {len(runs)} seeds"
     )
 
@@ -130,9 +136,10 @@ def main(argv: list[str] | None = None) -> int:
             args.json.write_text(json.dumps({"world": world, "layout": args.layout, "runs": runs}, indent=1) + "\n")
         if args.against is not None:
             other = json.loads(args.against.read_text())
-            test = ks_2samp([r["accuracy"] for r in runs], [r["accuracy"] for r in other["runs"]])
             print(f"{other['world']} x {other['layout']}: {summary(other['runs'])}")
-            print(f"same distribution: Kolmogorov-Smirnov D {test.statistic:.3f}, p {test.pvalue:.3f}")
+            for key in ("accuracy", "loss"):
+                test = ks_2samp([r[key] for r in runs], [r[key] for r in other["runs"]])
+                print(f"same distribution of {key}: Kolmogorov-Smirnov D {test.statistic:.3f}, p {test.pvalue:.3f}")
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
