@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operands as the kernels read them, which tile a shape gets, and how work is shared among programs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dplip.kernels.triton.tile import Tile
+
+__all__ = ["TILES", "Work", "operands", "options", "packed", "row_slabs", "tile_for"]
+
+# kind of kernel -> tiles for (wide, narrow) outputs: from 64 neurons on, and below.
+TILES = {
+    "largest": (Tile(8, 8, 16, 8, 8, 2, 3, 4, 3), Tile(8, 2, 16, 8, 8, 2, 3, 4, 4)),
+    "half_largest": (Tile(8, 8, 16, 8, 8, 2, 3, 4, 3), Tile(8, 2, 16, 8, 8, 2, 3, 4, 4)),
+    "index": (Tile(4, 8, 16, 8, 8, 4, 2, 4, 3), Tile(4, 2, 16, 8, 8, 4, 2, 4, 4)),
+    "half_index": (Tile(4, 8, 16, 8, 8, 2, 2, 4, 3), Tile(4, 2, 16, 8, 8, 2, 2, 4, 4)),
+    "interval": (Tile(4, 8, 16, 8, 8, 2, 3, 4, 3), Tile(4, 2, 16, 8, 8, 2, 3, 4, 4)),
+    "keys_shallow": (Tile(8, 8, 16, 8, 8, 2, 3, 4, 3), Tile(8, 2, 16, 8, 8, 2, 3, 4, 4)),
+    "keys": (Tile(8, 8, 16, 8, 8, 4, 2, 4, 3), Tile(8, 2, 16, 8, 8, 4, 2, 4, 4)),
+}
+
+
+def packed(x: Tensor, w: Tensor) -> bool:
+    """Whether both operands are float16 rows of whole pairs, which the float16 kernel reads as int32."""
+    return all(t.dtype == torch.float16 and t.shape[1] % 2 == 0 for t in (x, w))
+
+
+def operands(x: Tensor, w: Tensor, x2: Tensor | None, half: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``x``, ``w`` and ``x2`` (``x`` where None) with unit inner stride, float32 or, with ``half``, as int32 pairs.
+
+    ``x`` and ``x2`` get one row stride.
+    """
+    if half:
+        x, w = (
+            t if t.stride(1) == 1 and t.stride(0) % 2 == t.storage_offset() % 2 == 0 else t.contiguous() for t in (x, w)
+        )
+        x, w = x.view(torch.int32), w.view(torch.int32)
+        return x, w, x
+    x, w = (t.float() if t.stride(1) == 1 else t.float().contiguous() for t in (x, w))
+    if x2 is None:
+        return x, w, x
+    x2 = x2.float() if x2.stride(1) == 1 else x2.float().contiguous()
+    return (x, w, x2) if x.stride(0) == x2.stride(0) else (x.contiguous(), w, x2.contiguous())
+
+
+def tile_for(kernel: str, B: int, O: int, I: int) -> Tile:
+    """The tile that serves a shape."""
+    wide, narrow = TILES[kernel]
+    return wide if O >= 48 else narrow
+
+
+def options(tile: Tile) -> dict[str, int]:
+    """Keyword arguments of a launch; registers are capped so that ``per_sm`` programs fit a multiprocessor."""
+    names = ("RM", "RN", "TM", "TN", "BK", "U", "STAGES")
+    registers = min(255, 65536 // (tile.per_sm * tile.warps * 32) // 8 * 8)
+    return {name: getattr(tile, name) for name in names} | {"num_warps": tile.warps, "maxnreg": registers}
+
+
+def row_slabs(B: int, O: int) -> Iterator[slice]:
+    """Slices of the batch whose outputs have offsets below 2^31."""
+    rows = max(1, ((1 << 31) - 1) // max(1, O))
+    for start in range(0, B, rows):
+        yield slice(start, min(start + rows, B))
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class Work(NamedTuple):
+    """How the units (tile, block of ``k``) of a launch are numbered and shared."""
+
+    programs: int
+    tiles_m: int
+    units: int
+    share: int
+    total: int
+
+    @property
+    def split(self) -> tuple[int, int, int, int]:
+        return self.tiles_m, self.units, self.share, self.total
+
+    @classmethod
+    def of(cls, tile: Tile, B: int, O: int, I: int, device: torch.device) -> Work:
+        """Every program gets the same number of units."""
+        tiles_m = -(-B // tile.rows)
+        units = -(-I // tile.depth)
+        total = tiles_m * -(-O // tile.columns) * units
+        slots = tile.per_sm * (_multiprocessors(device.index or 0) if device.type == "cuda" else 2)
+        share = max(1, -(-total // slots))
+        return cls(-(-total // share), tiles_m, units, share, total)
