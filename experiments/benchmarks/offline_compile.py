@@ -28,14 +28,14 @@ from dplip.kernels.triton import largest, top_k
 from dplip.kernels.triton.launch import TILES, options
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TYPES = {"x": "*fp32", "x2": "*fp32", "w": "*fp32", "c": "*fp32", "low": "*i32", "high": "*i32", "keys": "*u16"}
+TYPES = {"x": "*fp32", "x2": "*fp32", "w": "*fp32", "c": "*fp32", "low": "*i32", "high": "*i32", "keys": "*i32"}
 
 
 def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], settings: dict[str, int]) -> Any:
     """``function`` for sm_90, its pointers and sizes multiples of 16."""
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    odd = {"units", "share", "total", "tiles_m"}
+    odd = {"units", "share", "total", "tiles_m", "B", "N", "zero"}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in odd}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)

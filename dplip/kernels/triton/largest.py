@@ -32,7 +32,7 @@ __all__ = ["interval", "largest", "largest_with_index"]
 
 @triton.jit(do_not_specialize=VARYING)
 def _largest_kernel(
-    x, x2, w, c, out, B, O, I, x_row, w_row, tiles_m, units, share, total,
+    x, x2, w, c, out, B, O, I, x_row, w_row, tiles_m, units, share, total, zero,
     KIND: tl.constexpr, BRACKET: tl.constexpr, HALF: tl.constexpr, SHORT: tl.constexpr,
     RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
@@ -73,7 +73,7 @@ def _largest_kernel(
                 where = tl.where(up, unit, where)
             else:
                 best = most
-        at, live = outputs_of(rm, rn, B, O)
+        at, live = outputs_of(rm, rn, B, O, zero)
         if BRACKET:
             key = (best.to(tl.int64) << 32) | (0x7FFFFFFF - where).to(tl.int64)
             tl.atomic_max(out + at, key, mask=live, sem="relaxed")
@@ -110,7 +110,7 @@ def _rescan_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _interval_kernel(
-    x, x2, w, c, low, high, B, O, I, x_row, w_row, tiles_m, units, share, total,
+    x, x2, w, c, low, high, B, O, I, x_row, w_row, tiles_m, units, share, total, zero,
     SHORT: tl.constexpr, RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def _interval_kernel(
                     a2 = tl.load(x2 + xs + k)
                     b = tl.load(wp + k)
                 least, most = block_range(least, most, a, a2, b, BK, RM, RN, TM, TN)
-        at, live = outputs_of(rm, rn, B, O)
+        at, live = outputs_of(rm, rn, B, O, zero)
         scale = tl.load(c)
         bottom = least.to(tl.float32, bitcast=True) * scale
         top = farthest(least, most) * scale

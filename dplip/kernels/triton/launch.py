@@ -21,8 +21,8 @@ TILES = {
     "index": (Tile(4, 8, 16, 8, 8, 4, 2, 4, 3), Tile(4, 2, 16, 8, 8, 4, 2, 4, 4)),
     "half_index": (Tile(4, 8, 16, 8, 8, 2, 2, 4, 3), Tile(4, 2, 16, 8, 8, 2, 2, 4, 4)),
     "interval": (Tile(4, 8, 16, 8, 8, 2, 3, 4, 3), Tile(4, 2, 16, 8, 8, 2, 3, 4, 4)),
-    "keys_shallow": (Tile(8, 8, 16, 8, 8, 2, 3, 4, 3), Tile(8, 2, 16, 8, 8, 2, 3, 4, 4)),
-    "keys": (Tile(8, 8, 16, 8, 8, 4, 2, 4, 3), Tile(8, 2, 16, 8, 8, 4, 2, 4, 4)),
+    "keys_shallow": (Tile(8, 8, 32, 4, 8, 4, 2, 4, 3), Tile(8, 2, 16, 8, 8, 4, 2, 4, 4)),
+    "keys": (Tile(8, 8, 32, 4, 8, 8, 2, 4, 3), Tile(8, 2, 16, 8, 8, 8, 2, 4, 4)),
 }
 
 
@@ -84,8 +84,8 @@ class Work(NamedTuple):
     total: int
 
     @property
-    def split(self) -> tuple[int, int, int, int]:
-        return self.tiles_m, self.units, self.share, self.total
+    def split(self) -> tuple[int, int, int, int, int]:
+        return self.tiles_m, self.units, self.share, self.total, 0
 
     @classmethod
     def of(cls, tile: Tile, B: int, O: int, I: int, device: torch.device) -> Work:

@@ -35,6 +35,7 @@ __all__ = [
     "difference",
     "farthest",
     "half_max",
+    "halves",
     "locate_tile",
     "outputs_of",
 ]
@@ -49,7 +50,7 @@ UPPER = tl.constexpr(2)
 
 
 # Sizes that change from call to call without changing the code worth having.
-VARYING = ["B", "tiles_m", "units", "share", "total", "N", "room"]
+VARYING = ["B", "tiles_m", "units", "share", "total", "zero", "N", "room"]
 
 
 class Tile(NamedTuple):
@@ -90,15 +91,19 @@ def locate_tile(tile, tiles_m, B, O, RM: tl.constexpr, RN: tl.constexpr, TM: tl.
 
 
 @triton.jit
-def outputs_of(rm, rn, B, O):
-    """Offsets [RM, RN, TM, TN] of a tile's outputs in a [B, O] array of less than 2^31 entries, and which exist."""
-    # Not int64: pairs of registers for every output would halve the programs per multiprocessor.
+def outputs_of(rm, rn, B, O, zero):
+    """Offsets [RM, RN, TM, TN] of a tile's outputs in a [B, O] array of less than 2^31 entries, and which exist.
+
+    Not int64: pairs of registers for every output would halve the programs per multiprocessor. ``zero`` is 0, which the
+    compiler cannot know: were the offsets seen to be contiguous, every store would first be laid out anew through
+    shared memory, to save less than that costs.
+    """
     live = (rm[:, None, :, None] < B) & (rn[None, :, None, :] < O)
-    return rm[:, None, :, None] * O + rn[None, :, None, :], live
+    return rm[:, None, :, None] * O + (rn[None, :, None, :] ^ zero), live
 
 
 @triton.jit
-def _halves(v, N: tl.constexpr):
+def halves(v, N: tl.constexpr):
     """[N, P, Q] -> its two halves along the first axis."""
     s: tl.constexpr = v.shape
     return tl.split(tl.permute(tl.reshape(v, (2, N // 2, s[1], s[2])), (1, 2, 3, 0)))
@@ -239,19 +244,19 @@ def block_max(
         else:
             return _upper_step(p, p2, q, acc)
     elif BK == 2 and HALF and not PLAIN:
-        a0, a1 = _halves(a, 2)
-        b0, b1 = _halves(b, 2)
+        a0, a1 = halves(a, 2)
+        b0, b1 = halves(b, 2)
         return _two_half_distances(
             tl.reshape(a0, (RM, 1, TM, 1)), tl.reshape(b0, (1, RN, 1, TN)),
             tl.reshape(a1, (RM, 1, TM, 1)), tl.reshape(b1, (1, RN, 1, TN)), acc,
         )  # fmt: skip
     elif BK == 4 and KIND == DISTANCE and not HALF and not PLAIN:
-        p, q = _halves(a, 4)
-        a0, a1 = _halves(p, 2)
-        a2_, a3 = _halves(q, 2)
-        p, q = _halves(b, 4)
-        b0, b1 = _halves(p, 2)
-        b2, b3 = _halves(q, 2)
+        p, q = halves(a, 4)
+        a0, a1 = halves(p, 2)
+        a2_, a3 = halves(q, 2)
+        p, q = halves(b, 4)
+        b0, b1 = halves(p, 2)
+        b2, b3 = halves(q, 2)
         return _four_distances(
             tl.reshape(a0, (RM, 1, TM, 1)), tl.reshape(b0, (1, RN, 1, TN)),
             tl.reshape(a1, (RM, 1, TM, 1)), tl.reshape(b1, (1, RN, 1, TN)),
@@ -259,13 +264,13 @@ def block_max(
             tl.reshape(a3, (RM, 1, TM, 1)), tl.reshape(b3, (1, RN, 1, TN)), acc,
         )  # fmt: skip
     else:
-        a0, a1 = _halves(a, BK)
-        b0, b1 = _halves(b, BK)
+        a0, a1 = halves(a, BK)
+        b0, b1 = halves(b, BK)
         if KIND == DISTANCE:
             acc = block_max(acc, a0, a0, b0, KIND, HALF, BK // 2, RM, RN, TM, TN)
             return block_max(acc, a1, a1, b1, KIND, HALF, BK // 2, RM, RN, TM, TN)
         else:
-            l0, l1 = _halves(a2, BK)
+            l0, l1 = halves(a2, BK)
             acc = block_max(acc, a0, l0, b0, KIND, HALF, BK // 2, RM, RN, TM, TN)
             return block_max(acc, a1, l1, b1, KIND, HALF, BK // 2, RM, RN, TM, TN)
 
@@ -284,9 +289,9 @@ def block_range(
         else:
             return _both_step(l, u, w, least, most)
     else:
-        l0, l1 = _halves(a, BK)
-        u0, u1 = _halves(a2, BK)
-        w0, w1 = _halves(b, BK)
+        l0, l1 = halves(a, BK)
+        u0, u1 = halves(a2, BK)
+        w0, w1 = halves(b, BK)
         least, most = block_range(least, most, l0, u0, w0, BK // 2, RM, RN, TM, TN)
         return block_range(least, most, l1, u1, w1, BK // 2, RM, RN, TM, TN)
 
