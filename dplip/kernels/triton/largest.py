@@ -73,7 +73,8 @@ def _largest_kernel(
                 where = tl.where(up, unit, where)
             else:
                 best = most
-        at, live = outputs_of(rm, rn, B, O, zero)
+        at = outputs_of(tile, tiles_m, O, zero, RM, RN, TM, TN)
+        live = (rm[:, None, :, None] < B) & (rn[None, :, None, :] < O)
         if BRACKET:
             key = (best.to(tl.int64) << 32) | (0x7FFFFFFF - where).to(tl.int64)
             tl.atomic_max(out + at, key, mask=live, sem="relaxed")
@@ -140,7 +141,8 @@ def _interval_kernel(
                     a2 = tl.load(x2 + xs + k)
                     b = tl.load(wp + k)
                 least, most = block_range(least, most, a, a2, b, BK, RM, RN, TM, TN)
-        at, live = outputs_of(rm, rn, B, O, zero)
+        at = outputs_of(tile, tiles_m, O, zero, RM, RN, TM, TN)
+        live = (rm[:, None, :, None] < B) & (rn[None, :, None, :] < O)
         scale = tl.load(c)
         bottom = least.to(tl.float32, bitcast=True) * scale
         top = farthest(least, most) * scale

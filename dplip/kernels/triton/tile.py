@@ -91,15 +91,16 @@ def locate_tile(tile, tiles_m, B, O, RM: tl.constexpr, RN: tl.constexpr, TM: tl.
 
 
 @triton.jit
-def outputs_of(rm, rn, B, O, zero):
-    """Offsets [RM, RN, TM, TN] of a tile's outputs in a [B, O] array of less than 2^31 entries, and which exist.
+def outputs_of(tile, tiles_m, O, zero, RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
+    """Offsets [RM, RN, TM, TN] of a tile's outputs in an array of rows of ``O`` entries, less than 2^31 in all.
 
     Not int64: pairs of registers for every output would halve the programs per multiprocessor. ``zero`` is 0, which the
     compiler cannot know: were the offsets seen to be contiguous, every store would first be laid out anew through
     shared memory, to save less than that costs.
     """
-    live = (rm[:, None, :, None] < B) & (rn[None, :, None, :] < O)
-    return rm[:, None, :, None] * O + (rn[None, :, None, :] ^ zero), live
+    m = (tile % tiles_m) * (RM * TM) + tl.arange(0, RM)[:, None] * TM + tl.arange(0, TM)[None, :]
+    n = (tile // tiles_m) * (RN * TN) + (tl.arange(0, TN) ^ zero)[None, :] + tl.arange(0, RN)[:, None] * TN
+    return m[:, None, :, None] * O + n[None, :, None, :]
 
 
 @triton.jit

@@ -57,12 +57,15 @@ def _insert(kept, value, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _keys_kernel(
-    x, x2, w, keys, B, O, I, x_row, w_row, tiles_m, units, share, total, zero,
+    x, x2, w, keys, B, O, I, x_row, w_row, wide, plane, tiles_m, units, share, total, zero,
     KIND: tl.constexpr, MASK: tl.constexpr,
     RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``keys`` [units, B, O] int32: bits 30 to 15 of the maxima of a unit's halves, the first in the low half."""
+    """``keys`` [units, plane] int32: bits 30 to 15 of the maxima of a unit's halves, the first in the low half.
+
+    A plane is whole tiles, rows of ``wide`` outputs: stores need no mask.
+    """
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, total)
     ks = tl.arange(0, BK)[:, None, None]
@@ -89,19 +92,20 @@ def _keys_kernel(
                         b = tl.load(wp + k)
                     most = block_max(most, a, a2, b, KIND, False, BK, RM, RN, TM, TN)
                 packed |= (most >> 15) << (16 * half)
-            at, live = outputs_of(rm, rn, B, O, zero)
-            tl.store(keys + tl.cast(unit, tl.int64) * B * O + at, packed, mask=live)
+            at = outputs_of(tile, tiles_m, wide, zero, RM, RN, TM, TN)
+            tl.store(keys + tl.cast(unit, tl.int64) * plane + at, packed)
         first += end - begin
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _select_kernel(keys, chosen, N, units, S: tl.constexpr, R: tl.constexpr):
+def _select_kernel(keys, chosen, N, O, wide, plane, units, S: tl.constexpr, R: tl.constexpr):
     """``chosen`` [S, N] int32: the S largest keys, each over its reversed block."""
     n = tl.program_id(0) * R + tl.arange(0, R)
     live = n < N
+    at = (n // O) * wide + n % O
     kept = _fill(tl.full((R,), -1, tl.int32), S)
     for unit in range(units):
-        packed = tl.load(keys + unit * tl.cast(N, tl.int64) + n, mask=live, other=0)
+        packed = tl.load(keys + unit * tl.cast(plane, tl.int64) + at, mask=live, other=0)
         kept = _insert(kept, ((packed & 0xFFFF) << 15) | (0x7FFF - 2 * unit), S)
         kept = _insert(kept, (((packed >> 16) & 0xFFFF) << 15) | (0x7FFE - 2 * unit), S)
     for i in tl.static_range(S):
@@ -233,7 +237,9 @@ def top_k(
     shift = triton.next_power_of_2(S * depth).bit_length() - 1
     rows = max(1, min(B, _SLAB // O))
     n = rows * O
-    keys, chosen = (torch.empty((k, n), dtype=torch.int32, device=x.device) for k in (units, S))
+    wide = -(-O // tile.columns) * tile.columns
+    plane = -(-rows // tile.rows) * tile.rows * wide
+    keys, chosen = (torch.empty(s, dtype=torch.int32, device=x.device) for s in ((units, plane), (S, n)))
     redo, counts = (
         torch.empty(n, dtype=torch.int32, device=x.device),
         torch.zeros(B, dtype=torch.int32, device=x.device),
@@ -245,9 +251,20 @@ def top_k(
         n, work = out.numel(), Work.of(tile, len(a), O, I, x.device)
         where = (O, I, x.stride(0), w.stride(0))
         _keys_kernel[(work.programs,)](
-            a, a2, w, keys, len(a), *where, *work.split, KIND=kind, MASK=I % tile.depth != 0, **options(tile)
+            a,
+            a2,
+            w,
+            keys,
+            len(a),
+            *where,
+            wide,
+            plane,
+            *work.split,
+            KIND=kind,
+            MASK=I % tile.depth != 0,
+            **options(tile),
         )
-        _select_kernel[(triton.cdiv(n, 128),)](keys, chosen, n, units, S=S, R=128, num_warps=4)
+        _select_kernel[(triton.cdiv(n, 128),)](keys, chosen, n, O, wide, plane, units, S=S, R=128, num_warps=4)
         _gather_kernel[(triton.cdiv(n, 128),)](
             a,
             a2,
