@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dplip.kernels.dispatch import register, select
+from dplip.kernels.dispatch import register, register_triton, select
 from dplip.kernels.distance import blocks, check_operands, gather_signs, row_blocks, tiles, wide
 from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
 from dplip.kernels.largest import largest, largest_reference
@@ -95,6 +95,11 @@ def _ghost_norm_reference(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Te
         s = _signed(x[rows], w, c, index[rows].long(), dy[rows])
         norm[rows] = torch.linalg.vector_norm(s.flatten(1), dim=1)
     return norm
+
+
+register_triton("order_statistic", "order_statistic", "order_statistic")
+register_triton("order_statistic_backward", "order_statistic", "order_statistic_backward")
+register_triton("order_statistic_weight_grad", "order_statistic", "order_statistic_weight_grad")
 
 
 @torch.library.custom_op("dplip::order_statistic", mutates_args=())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dplip.errors import UnsoundCertificate
-from dplip.kernels.dispatch import register, select
+from dplip.kernels.dispatch import register, register_triton, select
 from dplip.kernels.distance import blocks, check_operands, row_blocks, tiles, wide
 from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
 from dplip.kernels.largest import largest, largest_reference
@@ -97,6 +97,10 @@ def _at(x: Tensor, w: Tensor, index: Tensor) -> Tensor:
     """``x[b, i] - w[o, i]`` at ``i = index[b, o, k]``."""
     rows = torch.arange(len(w), device=w.device)[None, :, None]
     return x.gather(1, index.flatten(1)).view(index.shape) - w[rows, index]
+
+
+register_triton("order_statistic_interval", "order_statistic", "order_statistic_interval")
+register_triton("order_statistic_interval_backward", "order_statistic", "order_statistic_interval_backward")
 
 
 @torch.library.custom_op("dplip::order_statistic_interval", mutates_args=())

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dplip.kernels.triton.launch import Work, operands, options, packed, row_slabs, tile_for
+from dplip.kernels.triton.launch import Rows, Work, operands, options, packed, row_slabs, tile_for
 from dplip.kernels.triton.tile import (
     DISTANCE,
     VARYING,
@@ -35,9 +35,10 @@ def _largest_kernel(
     x, x2, w, c, out, B, O, I, x_row, w_row, tiles_m, units, share, total, zero,
     KIND: tl.constexpr, BRACKET: tl.constexpr, HALF: tl.constexpr, SHORT: tl.constexpr,
     RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr, DIRECT: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """``out`` [B, O], zero before: int32 bits of ``c max_k e``; with ``BRACKET`` int64, them over the reversed unit."""
+    I, x_row, w_row = I * VEC, x_row * VEC, w_row * VEC
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, total)
     ks = tl.arange(0, BK)[:, None, None]
@@ -73,7 +74,7 @@ def _largest_kernel(
                 where = tl.where(up, unit, where)
             else:
                 best = most
-        at = outputs_of(tile, tiles_m, O, zero, RM, RN, TM, TN)
+        at = outputs_of(tile, tiles_m, O, zero, DIRECT, RM, RN, TM, TN)
         live = (rm[:, None, :, None] < B) & (rn[None, :, None, :] < O)
         if BRACKET:
             key = (best.to(tl.int64) << 32) | (0x7FFFFFFF - where).to(tl.int64)
@@ -113,9 +114,10 @@ def _rescan_kernel(
 def _interval_kernel(
     x, x2, w, c, low, high, B, O, I, x_row, w_row, tiles_m, units, share, total, zero,
     SHORT: tl.constexpr, RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr, DIRECT: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """``c max_k max(x - w, w - x2, 0)`` and ``c max_k max(|x - w|, |x2 - w|)`` in one pass."""
+    I, x_row, w_row = I * VEC, x_row * VEC, w_row * VEC
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, total)
     ks = tl.arange(0, BK)[:, None, None]
@@ -141,7 +143,7 @@ def _interval_kernel(
                     a2 = tl.load(x2 + xs + k)
                     b = tl.load(wp + k)
                 least, most = block_range(least, most, a, a2, b, BK, RM, RN, TM, TN)
-        at = outputs_of(tile, tiles_m, O, zero, RM, RN, TM, TN)
+        at = outputs_of(tile, tiles_m, O, zero, DIRECT, RM, RN, TM, TN)
         live = (rm[:, None, :, None] < B) & (rn[None, :, None, :] < O)
         scale = tl.load(c)
         bottom = least.to(tl.float32, bitcast=True) * scale
@@ -172,12 +174,13 @@ def _largest(
     """Fills ``out``; returns the depth of a unit in coordinates and whether they are fewer than that."""
     I, O = x.shape[1], len(w)
     tile = tile or tile_for(("half_" if half else "") + ("index" if bracket else "largest"), len(x), O, I)
+    rows = Rows.of(x, w)
     for part in row_slabs(len(x), O):
         a = x[part]
         work = Work.of(tile, len(a), O, I, x.device)
         _largest_kernel[(work.programs,)](
-            a, x2[part], w, c, out[part], len(a), O, I, x.stride(0), w.stride(0), *work.split,
-            KIND=kind, BRACKET=bracket, HALF=half, SHORT=tile.depth > I, **options(tile),
+            a, x2[part], w, c, out[part], len(a), O, *rows.sizes, *work.split,
+            KIND=kind, BRACKET=bracket, HALF=half, SHORT=tile.depth > I, VEC=rows.vec, **options(tile),
         )  # fmt: skip
     return tile.depth * (2 if half else 1), tile.depth > I
 
@@ -213,12 +216,12 @@ def interval(lower: Tensor, upper: Tensor, w: Tensor, c: Tensor, tile: Tile | No
     lower, w, upper = operands(lower, w, upper, False)
     (B, I), O = lower.shape, len(w)
     low, high = torch.zeros(2, B, O, device=lower.device)
-    tile = tile or tile_for("interval", B, O, I)
+    tile, rows = tile or tile_for("interval", B, O, I), Rows.of(lower, w)
     for part in row_slabs(B, O):
         a = lower[part]
         work = Work.of(tile, len(a), O, I, a.device)
         _interval_kernel[(work.programs,)](
-            a, upper[part], w, c, low[part].view(torch.int32), high[part].view(torch.int32), len(a), O, I,
-            lower.stride(0), w.stride(0), *work.split, SHORT=tile.depth > I, **options(tile),
+            a, upper[part], w, c, low[part].view(torch.int32), high[part].view(torch.int32), len(a), O, *rows.sizes,
+            *work.split, SHORT=tile.depth > I, VEC=rows.vec, **options(tile),
         )  # fmt: skip
     return low, high

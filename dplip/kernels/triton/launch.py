@@ -4,25 +4,59 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dplip.errors import ConfigError
 from dplip.kernels.triton.tile import Tile
 
-__all__ = ["TILES", "Work", "operands", "options", "packed", "row_slabs", "tile_for"]
+__all__ = ["TILES", "Rows", "Work", "bucket", "operands", "options", "packed", "row_slabs", "tile_for", "tuned"]
 
-# kind of kernel -> tiles for (wide, narrow) outputs: from 64 neurons on, and below.
+# Kernel -> its tiles by shape, see :func:`tile_for`. The first three were the fastest of 38 and 41 tried on an H200;
+# the narrow ones are estimates.
 TILES = {
-    "largest": (Tile(8, 8, 16, 8, 8, 2, 3, 4, 3), Tile(8, 2, 16, 8, 8, 2, 3, 4, 4)),
-    "half_largest": (Tile(8, 8, 16, 8, 8, 2, 3, 4, 3), Tile(8, 2, 16, 8, 8, 2, 3, 4, 4)),
-    "index": (Tile(4, 8, 16, 8, 8, 4, 2, 4, 3), Tile(4, 2, 16, 8, 8, 4, 2, 4, 4)),
-    "half_index": (Tile(4, 8, 16, 8, 8, 2, 2, 4, 3), Tile(4, 2, 16, 8, 8, 2, 2, 4, 4)),
-    "interval": (Tile(4, 8, 16, 8, 8, 2, 3, 4, 3), Tile(4, 2, 16, 8, 8, 2, 3, 4, 4)),
-    "keys_shallow": (Tile(8, 8, 32, 4, 8, 4, 2, 4, 3), Tile(8, 2, 16, 8, 8, 4, 2, 4, 4)),
-    "keys": (Tile(8, 8, 32, 4, 8, 8, 2, 4, 3), Tile(8, 2, 16, 8, 8, 8, 2, 4, 4)),
+    "largest": {
+        "deep": Tile(8, 8, 16, 8, 8, 2, 3, 4, 3),
+        "wide": Tile(8, 8, 16, 8, 8, 2, 3, 4, 3),
+        "small": Tile(4, 8, 32, 4, 8, 2, 3, 4, 4, direct=True),
+        "narrow": Tile(8, 2, 16, 8, 8, 2, 3, 4, 4),
+    },
+    "half_largest": {
+        "deep": Tile(8, 8, 16, 8, 8, 2, 3, 4, 3),
+        "wide": Tile(8, 8, 16, 8, 8, 2, 3, 4, 3),
+        "small": Tile(8, 8, 16, 8, 8, 2, 3, 4, 3),
+        "narrow": Tile(8, 2, 16, 8, 8, 2, 3, 4, 4),
+    },
+    "index": {
+        "deep": Tile(4, 8, 32, 4, 8, 4, 3, 4, 3, direct=True),
+        "wide": Tile(4, 8, 32, 4, 8, 2, 3, 4, 3, direct=True),
+        "small": Tile(4, 8, 16, 8, 8, 2, 3, 4, 3),
+        "narrow": Tile(4, 2, 16, 8, 8, 4, 2, 4, 4),
+    },
+    "half_index": {
+        "deep": Tile(4, 8, 32, 4, 8, 2, 3, 4, 3, direct=True),
+        "wide": Tile(4, 8, 32, 4, 8, 2, 3, 4, 3, direct=True),
+        "small": Tile(4, 8, 16, 8, 8, 2, 2, 4, 3),
+        "narrow": Tile(4, 2, 16, 8, 8, 2, 2, 4, 4),
+    },
+    "interval": {
+        "deep": Tile(4, 8, 16, 8, 8, 2, 3, 4, 3),
+        "wide": Tile(4, 8, 16, 8, 8, 2, 3, 4, 3),
+        "small": Tile(4, 4, 16, 8, 8, 2, 3, 4, 4),
+        "narrow": Tile(4, 2, 16, 8, 8, 2, 3, 4, 4),
+    },
+    "keys": {
+        "deep": Tile(4, 8, 16, 8, 8, 4, 3, 4, 3),
+        "wide": Tile(4, 8, 16, 8, 8, 4, 3, 4, 3),
+        "small": Tile(4, 8, 16, 8, 8, 4, 3, 4, 3),
+        "narrow": Tile(8, 2, 16, 8, 8, 4, 2, 4, 4),
+    },
 }
 
 
@@ -49,17 +83,64 @@ def operands(x: Tensor, w: Tensor, x2: Tensor | None, half: bool) -> tuple[Tenso
     return (x, w, x2) if x.stride(0) == x2.stride(0) else (x.contiguous(), w, x2.contiguous())
 
 
+def bucket(B: int, O: int, I: int) -> str:
+    """Which of a kernel's tiles serves a shape: ``narrow`` below 48 neurons, ``small`` below 2^30 elements, ``deep``
+    from 2048 coordinates on, else ``wide``."""
+    if O < 48:
+        return "narrow"
+    if B * O * I < 1 << 30:
+        return "small"
+    return "deep" if I >= 2048 else "wide"
+
+
 def tile_for(kernel: str, B: int, O: int, I: int) -> Tile:
-    """The tile that serves a shape."""
-    wide, narrow = TILES[kernel]
-    return wide if O >= 48 else narrow
+    """The tile that serves a shape; this machine's own, where :func:`tuned` has one."""
+    name = bucket(B, O, I)
+    return tuned().get(kernel, {}).get(name, TILES[kernel][name])
+
+
+@functools.cache
+def tuned() -> dict[str, dict[str, Tile]]:
+    """What was measured on this machine's GPU, read once: ``DPLIP_TILES``, a JSON file {kernel: {bucket: tile}}.
+
+    Raises:
+        ConfigError: the file is absent or not of that form.
+    """
+    path = os.environ.get("DPLIP_TILES")
+    if not path:
+        return {}
+    try:
+        table = json.loads(Path(path).read_text())["tiles"]
+        return {kernel: {name: Tile(*tile) for name, tile in row.items()} for kernel, row in table.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"kernels: expected DPLIP_TILES to name a table of tiles, got {path!r} ({error}); unset it, or measure one "
+            "with experiments/benchmarks/kernels.py --tune"
+        ) from error
 
 
 def options(tile: Tile) -> dict[str, int]:
     """Keyword arguments of a launch; registers are capped so that ``per_sm`` programs fit a multiprocessor."""
     names = ("RM", "RN", "TM", "TN", "BK", "U", "STAGES")
     registers = min(255, 65536 // (tile.per_sm * tile.warps * 32) // 8 * 8)
-    return {name: getattr(tile, name) for name in names} | {"num_warps": tile.warps, "maxnreg": registers}
+    sizes = {name: getattr(tile, name) for name in names} | {"DIRECT": tile.direct}
+    return sizes | {"num_warps": tile.warps, "maxnreg": registers}
+
+
+class Rows(NamedTuple):
+    """Length and strides of the rows of two operands in pieces of ``vec`` entries.
+
+    Four entries make a 16-byte copy; that all rows are made of such, the compiler learns from the product.
+    """
+
+    vec: int
+    sizes: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, x: Tensor, w: Tensor) -> Rows:
+        sizes = (x.shape[1], x.stride(0), w.stride(0))
+        vec = 4 if all(size % 4 == 0 for size in sizes) else 1
+        return cls(vec, (sizes[0] // vec, sizes[1] // vec, sizes[2] // vec))
 
 
 def row_slabs(B: int, O: int) -> Iterator[slice]:
@@ -93,6 +174,6 @@ class Work(NamedTuple):
         tiles_m = -(-B // tile.rows)
         units = -(-I // tile.depth)
         total = tiles_m * -(-O // tile.columns) * units
-        slots = tile.per_sm * (_multiprocessors(device.index or 0) if device.type == "cuda" else 2)
+        slots = tile.waves * tile.per_sm * (_multiprocessors(device.index or 0) if device.type == "cuda" else 2)
         share = max(1, -(-total // slots))
         return cls(-(-total // share), tiles_m, units, share, total)

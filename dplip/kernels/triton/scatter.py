@@ -35,7 +35,7 @@ def _slopes(x, x2, w, KIND: tl.constexpr):
         return below, -above, above - below
     else:
         e = x2 - w
-        far = tl.abs(e) > tl.abs(d)
+        far = tl.abs(e) >= tl.abs(d)
         left = tl.where(far, 0.0, up)
         right = tl.where(far, tl.where(e > 0, 1.0, tl.where(e < 0, -1.0, 0.0)), 0.0)
         return left, right, -left - right
@@ -49,6 +49,7 @@ def _power_of_two(k):
 @triton.jit
 def _add(out, at, value, scale, mask, EXACT: tl.constexpr):
     if EXACT:
+        value = tl.where(tl.abs(value) < float("inf"), value, 0.0)  # else the sum is NaN by its peak
         tl.atomic_add(out + at, (value.to(tl.float64) * scale).to(tl.int64), mask=mask, sem="relaxed")
     else:
         tl.atomic_add(out + at, value, mask=mask, sem="relaxed")

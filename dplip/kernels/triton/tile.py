@@ -54,7 +54,11 @@ VARYING = ["B", "tiles_m", "units", "share", "total", "zero", "N", "room"]
 
 
 class Tile(NamedTuple):
-    """A launch: registers, threads and ``k`` of a tile, pipeline depth, warps, programs per multiprocessor."""
+    """A launch: registers, threads and ``k`` of a tile, pipeline depth, warps, programs per multiprocessor.
+
+    ``direct``: results leave from the threads that hold them, in short pieces, instead of being laid out anew through
+    shared memory for whole cache lines. ``waves``: how often every place of a multiprocessor is filled.
+    """
 
     RM: int
     RN: int
@@ -65,6 +69,8 @@ class Tile(NamedTuple):
     STAGES: int
     warps: int
     per_sm: int
+    direct: bool = False
+    waves: int = 1
 
     @property
     def rows(self) -> int:
@@ -91,15 +97,26 @@ def locate_tile(tile, tiles_m, B, O, RM: tl.constexpr, RN: tl.constexpr, TM: tl.
 
 
 @triton.jit
-def outputs_of(tile, tiles_m, O, zero, RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
+def outputs_of(
+    tile,
+    tiles_m,
+    O,
+    zero,
+    DIRECT: tl.constexpr,
+    RM: tl.constexpr,
+    RN: tl.constexpr,
+    TM: tl.constexpr,
+    TN: tl.constexpr,
+):
     """Offsets [RM, RN, TM, TN] of a tile's outputs in an array of rows of ``O`` entries, less than 2^31 in all.
 
     Not int64: pairs of registers for every output would halve the programs per multiprocessor. ``zero`` is 0, which the
-    compiler cannot know: were the offsets seen to be contiguous, every store would first be laid out anew through
-    shared memory, to save less than that costs.
+    compiler cannot know: ``DIRECT`` hides behind it that offsets are contiguous, or else the store would be laid out
+    anew.
     """
     m = (tile % tiles_m) * (RM * TM) + tl.arange(0, RM)[:, None] * TM + tl.arange(0, TM)[None, :]
-    n = (tile // tiles_m) * (RN * TN) + (tl.arange(0, TN) ^ zero)[None, :] + tl.arange(0, RN)[:, None] * TN
+    n = tl.arange(0, TN) ^ zero if DIRECT else tl.arange(0, TN)
+    n = (tile // tiles_m) * (RN * TN) + n[None, :] + tl.arange(0, RN)[:, None] * TN
     return m[:, None, :, None] * O + n[None, :, None, :]
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dplip.kernels.triton.launch import Work, operands, options, tile_for
+from dplip.kernels.triton.launch import Rows, Work, operands, options, tile_for
 from dplip.kernels.triton.tile import (
     DISTANCE,
     VARYING,
@@ -60,12 +60,13 @@ def _keys_kernel(
     x, x2, w, keys, B, O, I, x_row, w_row, wide, plane, tiles_m, units, share, total, zero,
     KIND: tl.constexpr, MASK: tl.constexpr,
     RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr, DIRECT: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """``keys`` [units, plane] int32: bits 30 to 15 of the maxima of a unit's halves, the first in the low half.
 
     A plane is whole tiles, rows of ``wide`` outputs: stores need no mask.
     """
+    I, x_row, w_row = I * VEC, x_row * VEC, w_row * VEC
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, total)
     ks = tl.arange(0, BK)[:, None, None]
@@ -92,7 +93,7 @@ def _keys_kernel(
                         b = tl.load(wp + k)
                     most = block_max(most, a, a2, b, KIND, False, BK, RM, RN, TM, TN)
                 packed |= (most >> 15) << (16 * half)
-            at = outputs_of(tile, tiles_m, wide, zero, RM, RN, TM, TN)
+            at = outputs_of(tile, tiles_m, wide, zero, DIRECT, RM, RN, TM, TN)
             tl.store(keys + tl.cast(unit, tl.int64) * plane + at, packed)
         first += end - begin
 
@@ -230,61 +231,30 @@ def top_k(
     index = torch.empty((B, O, K) if with_index else (0,), dtype=torch.int32, device=x.device)
     if y.numel() == 0:
         return y, index
-    tile = tile or tile_for("keys" if I > 2048 else "keys_shallow", B, O, I)
+    tile = tile or tile_for("keys", B, O, I)
     S, units, depth = K + 2, -(-I // tile.depth), tile.depth // 2
     if 2 * units >= 1 << 15:
         raise ValueError(f"order_statistic: expected fewer than {depth << 15} coordinates, got {I}; split them")
-    shift = triton.next_power_of_2(S * depth).bit_length() - 1
-    rows = max(1, min(B, _SLAB // O))
-    n = rows * O
-    wide = -(-O // tile.columns) * tile.columns
-    plane = -(-rows // tile.rows) * tile.rows * wide
-    keys, chosen = (torch.empty(s, dtype=torch.int32, device=x.device) for s in ((units, plane), (S, n)))
-    redo, counts = (
-        torch.empty(n, dtype=torch.int32, device=x.device),
-        torch.zeros(B, dtype=torch.int32, device=x.device),
-    )
+    examples, wide = max(1, min(B, _SLAB // O)), -(-O // tile.columns) * tile.columns
+    plane = -(-examples // tile.rows) * tile.rows * wide
+    shapes = {"keys": (units, plane), "chosen": (S, examples * O), "redo": (examples * O,)}
+    keys, chosen, redo = (torch.empty(shape, dtype=torch.int32, device=x.device) for shape in shapes.values())
+    counts = torch.zeros(B, dtype=torch.int32, device=x.device)
+    rows, where = Rows.of(x, w), (O, I, x.stride(0), w.stride(0))
     common = {"KIND": kind, "K": K, "INDEX": with_index}
-    for start in range(0, B, rows):
-        part = slice(start, start + rows)
+    gather = {"S": S, "DEPTH": depth, "SHIFT": (S * depth - 1).bit_length(), "R": 32, "num_warps": 1, "maxnreg": 128}
+    span = min(4096, triton.next_power_of_2(I))
+    for start in range(0, B, examples):
+        part = slice(start, start + examples)
         a, a2, out, at, count = x[part], x2[part], y[part], index[part] if with_index else index, counts[start:]
         n, work = out.numel(), Work.of(tile, len(a), O, I, x.device)
-        where = (O, I, x.stride(0), w.stride(0))
         _keys_kernel[(work.programs,)](
-            a,
-            a2,
-            w,
-            keys,
-            len(a),
-            *where,
-            wide,
-            plane,
-            *work.split,
-            KIND=kind,
-            MASK=I % tile.depth != 0,
-            **options(tile),
-        )
+            a, a2, w, keys, len(a), O, *rows.sizes, wide, plane, *work.split,
+            KIND=kind, MASK=I % tile.depth != 0, VEC=rows.vec, **options(tile),
+        )  # fmt: skip
         _select_kernel[(triton.cdiv(n, 128),)](keys, chosen, n, O, wide, plane, units, S=S, R=128, num_warps=4)
-        _gather_kernel[(triton.cdiv(n, 128),)](
-            a,
-            a2,
-            w,
-            chosen,
-            c,
-            out,
-            at,
-            redo,
-            count,
-            n,
-            *where,
-            S=S,
-            DEPTH=depth,
-            SHIFT=shift,
-            R=128,
-            num_warps=4,
-            **common,
-        )
-        _exact_kernel[(min(n, 2048),)](
-            a, a2, w, redo, count, c, out, at, *where, SPAN=min(1024, triton.next_power_of_2(I)), num_warps=4, **common
+        _gather_kernel[(triton.cdiv(n, 32),)](a, a2, w, chosen, c, out, at, redo, count, n, *where, **gather, **common)
+        _exact_kernel[(min(triton.cdiv(n, 8), 2048),)](
+            a, a2, w, redo, count, c, out, at, *where, SPAN=span, num_warps=4 if span <= 1024 else 8, **common
         )
     return y, index
