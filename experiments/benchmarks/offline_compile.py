@@ -35,7 +35,7 @@ def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], se
     """``function`` for sm_90, its pointers and sizes multiples of 16."""
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    odd = {"units", "share", "total", "tiles_m", "B", "N", "zero"}
+    odd = {"units", "share", "total", "tiles_m", "B", "N", "zero", "I", "x_row", "w_row"}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in odd}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)
@@ -94,12 +94,12 @@ def rows() -> list[dict[str, Any]]:
     """One row per kernel and tile of the launch table."""
     found = []
     for name, tiles in TILES.items():
-        for tile in tiles:
+        for tile in dict.fromkeys(tiles.values()):
             settings = options(tile)
             constants = {k: v for k, v in settings.items() if k.isupper()} | {"KIND": 0}
             types, function = dict(TYPES), largest._largest_kernel
             half, index = name.startswith("half"), name.endswith("index")
-            constants |= {"BRACKET": index, "HALF": half, "SHORT": False}
+            constants |= {"VEC": 4, "BRACKET": index, "HALF": half, "SHORT": False}
             types["out"] = "*i64" if index else "*i32"
             if half:
                 types |= {"x": "*i32", "x2": "*i32", "w": "*i32"}
