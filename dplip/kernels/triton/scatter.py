@@ -35,7 +35,7 @@ def _slopes(x, x2, w, KIND: tl.constexpr):
         return below, -above, above - below
     else:
         e = x2 - w
-        far = tl.abs(e) >= tl.abs(d)
+        far = tl.abs(e) > tl.abs(d)
         left = tl.where(far, 0.0, up)
         right = tl.where(far, tl.where(e > 0, 1.0, tl.where(e < 0, -1.0, 0.0)), 0.0)
         return left, right, -left - right
