@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dplip.kernels.dispatch import register, select
+from dplip.kernels.dispatch import register, register_triton, select
 from dplip.kernels.distance import blocks, check_operands, tiles, wide
 from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
 from dplip.kernels.power_mean_blocked import relative_mean
@@ -82,9 +82,15 @@ def _backward_reference(
     return dlower, dupper, dw
 
 
+register_triton("power_mean_interval", "power_mean_interval", "forward")
+register_triton("power_mean_interval_backward", "power_mean_interval", "backward")
+
+
 @torch.library.custom_op("dplip::power_mean_interval", mutates_args=())
 def _forward_op(lower: Tensor, upper: Tensor, w: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    low, high = select("power_mean_interval", w.device.type)(lower, upper, w, p)
+    exact = w.is_cuda and w.dtype == torch.float64  # the kernels of a GPU are for float32 and below
+    run = power_mean_interval_reference if exact else select("power_mean_interval", w.device.type)
+    low, high = run(lower, upper, w, p)
     return low, high
 
 
@@ -108,7 +114,8 @@ def _backward_op(
     need_upper: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = select("power_mean_interval_backward", w.device.type)
+    exact = w.is_cuda and w.dtype == torch.float64
+    run = _backward_reference if exact else select("power_mean_interval_backward", w.device.type)
     dlower, dupper, dw = run(lower, upper, w, low, high, dlow, dhigh, p, need_lower, need_upper, need_w)
     return dlower, dupper, dw
 

@@ -31,7 +31,7 @@ from dplip.kernels.triton.powers import (
     tile_rows,
 )
 
-__all__ = ["BACKWARD_CONFIGS", "backward", "ghost_norm", "weight_grad"]
+__all__ = ["BACKWARD_CONFIGS", "backward", "coefficients", "cotangents", "ghost_norm", "weight_grad"]
 
 BACKWARD_CONFIGS = (  # rm x tm examples by rn x tn coordinates, bk neurons at once; estimated, the first is used
     Config(16, 2, 4, 32, 4, 2, 3),
@@ -73,7 +73,7 @@ def _power_mean_coefficient_kernel(
 
 
 @triton.jit
-def _cotangents(t, a, q, p, P: tl.constexpr):
+def cotangents(t, a, q, p, P: tl.constexpr):
     """Two factors of ``dy r`` for differences ``t`` and the coefficients of their outputs."""
     if P > 0:
         first, second = row_factors(t * a, p, P)
@@ -96,7 +96,7 @@ def _add_gradients(
     if N == 1:
         coefficient, w = outer(a, there)
         weight = tl.reshape(q, coefficient.shape)
-        first, second = _cotangents(here - w, coefficient, weight, p, P)
+        first, second = cotangents(here - w, coefficient, weight, p, P)
         if WANT_X:
             grad = tl.fma(first, second, grad)
         part = tl.expand_dims(tl.sum(first * second, 0), 3)
@@ -163,7 +163,7 @@ def _power_mean_per_sample_kernel(
     weight = coefficient
     if P <= 0:
         weight = tl.load(q + b * columns + o, mask=o < O, other=0)
-    first, second = _cotangents(t, coefficient, weight, p, P)
+    first, second = cotangents(t, coefficient, weight, p, P)
     tl.store(grad + (b * O + o) * I + i, -first * second, mask=inside)
 
 
@@ -172,7 +172,7 @@ def _add_squares(total, m, n, a, p, P: tl.constexpr, N: tl.constexpr):
     """``total`` plus the squares of N coordinates' rows."""
     if N == 1:
         u, v = outer(m, n)
-        first, second = _cotangents(u - v, a, 1.0, p, P)
+        first, second = cotangents(u - v, a, 1.0, p, P)
         row = first * second
         result = tl.fma(row, row, total)
     else:
@@ -204,7 +204,7 @@ def _power_mean_ghost_kernel(
     tl.store(factor + b * O + o, total, mask=inside)
 
 
-def _coefficients(
+def coefficients(
     y: Tensor, dy: Tensor | None, i: int, p: float, power: int, rows: int = 1
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Padded coefficients ``a`` and ``q`` (``a`` again where there is none), and what kernels need to read them."""
@@ -237,7 +237,7 @@ def backward(
     if b * o * i == 0:
         return dx, dw
     tile_m, tile_n = config.rm * config.tm, config.rn * config.tn
-    a, q, coefficients = _coefficients(y, dy, i, p, compiled_exponent(p), tile_m)
+    a, q, shared = coefficients(y, dy, i, p, compiled_exponent(p), tile_m)
     at_once = max(1, PARTS // (o * i)) if want_w else triton.cdiv(b, tile_m)
     for first in range(0, triton.cdiv(b, tile_m), at_once):
         rows = slice(first * tile_m, (first + at_once) * tile_m)
@@ -248,7 +248,7 @@ def backward(
         parts_w = torch.empty(grid[0] if want_w else 0, o, i, device=x.device, dtype=torch.float32)
         _power_mean_backward_kernel[(*grid, spans)](
             x=part, w=w, a=a[rows], q=q[rows], dx=parts_x, dw=parts_w, B=len(part), O=o, I=i, stride_x=x.stride(0),
-            stride_w=w.stride(0), span=span, WANT_X=want_x, WANT_W=want_w, **coefficients, **options(config),
+            stride_w=w.stride(0), span=span, WANT_X=want_x, WANT_W=want_w, **shared, **options(config),
         )  # fmt: skip
         if want_x:
             dx[rows] = parts_x.sum(0) if spans > 1 else parts_x[0]
@@ -263,10 +263,10 @@ def weight_grad(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor
     (b, i), o = x.shape, len(w)
     grad = torch.empty(b, o, i, device=x.device, dtype=torch.float32)
     if grad.numel():
-        a, q, coefficients = _coefficients(y, dy, i, p, compiled_exponent(p))
+        a, q, shared = coefficients(y, dy, i, p, compiled_exponent(p))
         _power_mean_per_sample_kernel[(b, triton.cdiv(o, 8), triton.cdiv(i, 256))](
             x=x, w=w, a=a, q=q, grad=grad, O=o, I=i, stride_x=x.stride(0), stride_w=w.stride(0),
-            **coefficients, BO=8, BI=256, num_warps=4, enable_fp_fusion=True,
+            **shared, BO=8, BI=256, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return grad
 
@@ -277,9 +277,9 @@ def ghost_norm(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float, config: Co
     (b, i), o = x.shape, len(w)
     factor = torch.empty(b, o, device=x.device, dtype=torch.float32)
     if factor.numel():
-        a, _, coefficients = _coefficients(y, None, i, p, compiled_exponent(p))
+        a, _, shared = coefficients(y, None, i, p, compiled_exponent(p))
         _power_mean_ghost_kernel[(triton.cdiv(b, config.rm * config.tm), triton.cdiv(o, config.rn * config.tn))](
             x=x, w=w, a=a, factor=factor, B=b, O=o, I=i, stride_x=x.stride(0), stride_w=w.stride(0),
-            EVEN=i % config.bk == 0, **coefficients, **options(config),
+            EVEN=i % config.bk == 0, **shared, **options(config),
         )  # fmt: skip
     return torch.linalg.vector_norm(factor.sqrt_().mul_(dy), dim=1).mul_(i ** (-1 / p))

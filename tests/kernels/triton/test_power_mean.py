@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dplip.kernels.power_mean import power_mean_reference, power_mean_rows
+from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_reference, power_mean_rows
 
 kernels = pytest.importorskip("dplip.kernels.triton.power_mean")
 gradient = pytest.importorskip("dplip.kernels.triton.power_mean_gradient")
@@ -207,6 +207,21 @@ def test_rows_keep_their_bound(p: float, device: str) -> None:
         y = kernels.forward(x, w, p)
         row = gradient.backward(x, w, y, ones, p, want_w=False)[0]
         assert float(row.double().abs().sum(1).max()) <= 1 + 4 * p * 2.0**-24 + 1e-6
+
+
+def test_chosen_by_name(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPLIP_KERNELS", "triton")
+    x, w, dy = draw((5, 7, 13), device)
+    grads = []
+    for operands in ((x, w), (x.half(), w.half())):
+        leaves = [v.clone().requires_grad_() for v in operands]
+        low, high = power_mean_interval(leaves[0] - 0.5, leaves[0] + 0.5, leaves[1], 8.0)
+        y = power_mean(*leaves, 8.0)
+        assert y.dtype == torch.float32 and bool(((low <= y) & (y <= high)).all())
+        grads.append(torch.autograd.grad((dy * (y + low - high)).sum(), leaves))
+    for a, b, v in zip(*grads, (x, w), strict=True):
+        assert a.dtype == v.dtype and b.dtype == torch.float16
+        torch.testing.assert_close(b.float(), a, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.gpu
