@@ -32,7 +32,7 @@ from dplip.bounds.graph import Node
 from dplip.bounds.operations import Add, Apply, Box, Concat
 from dplip.certify.masked_norm import LinearPart, root
 from dplip.certify.roundoff import NodeRounding, vector_norms
-from dplip.certify.slopes import elementwise_slopes
+from dplip.certify.slopes import certain_ranks, elementwise_slopes
 from dplip.errors import NoRuleError
 from dplip.layers import AveragePool2d, GroupSort, LipschitzLayer, MaxPool2d, Reshape
 from dplip.layers.base import Shapes
@@ -198,9 +198,7 @@ def _sorted(move: Move, group: int, box: Box) -> Move:
     def grouped(v: Tensor) -> Tensor:
         return v.reshape(v.shape[0], -1, group, *v.shape[2:])
 
-    lower, upper = grouped(box[0]), grouped(box[1])
-    smaller = (upper.unsqueeze(3) < lower.unsqueeze(2)).sum(2)  # how many are certainly below entry k
-    larger = (lower.unsqueeze(3) > upper.unsqueeze(2)).sum(2)
+    smaller, larger = certain_ranks(grouped(box[0]), grouped(box[1]))
 
     def moved(values: Tensor, forward: bool) -> Tensor:
         """The largest value among those that can come to (forward) or go from a place."""

@@ -45,7 +45,7 @@ from dplip.layers import (
 )
 from dplip.layers.affine import Affine
 
-__all__ = ["Box", "Secants", "elementwise_slopes", "layer_secants", "secants", "slope_range"]
+__all__ = ["Box", "Secants", "certain_ranks", "elementwise_slopes", "layer_secants", "secants", "slope_range"]
 
 Box = tuple[Tensor, Tensor]
 Secants = tuple[Tensor, Tensor]
@@ -241,6 +241,12 @@ def _(layer: ReferenceShift, low: Tensor, high: Tensor, box: Box | None) -> Seca
     return layer_secants(layer.layer, low, high, box)
 
 
+def certain_ranks(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """How many entries along axis 2 are below, and how many above, each entry wherever in the box they all are."""
+    smaller = (upper.unsqueeze(3) < lower.unsqueeze(2)).sum(2)
+    return smaller, (lower.unsqueeze(3) > upper.unsqueeze(2)).sum(2)
+
+
 @secants.register
 def _(layer: GroupSort, low: Tensor, high: Tensor, box: Box | None) -> Secants:
     size = layer.group_size or low.shape[1]
@@ -249,8 +255,7 @@ def _(layer: GroupSort, low: Tensor, high: Tensor, box: Box | None) -> Secants:
         ends = grouped[0].amin(2, keepdim=True), grouped[1].amax(2, keepdim=True)
         return tuple(e.expand_as(v).reshape(low.shape) for e, v in zip(ends, grouped, strict=True))  # type: ignore[return-value]
     lower, upper = (v.reshape(v.shape[0], -1, size, *v.shape[2:]) for v in box)
-    smaller = (upper.unsqueeze(3) < lower.unsqueeze(2)).sum(2)  # how many are certainly below entry k
-    larger = (lower.unsqueeze(3) > upper.unsqueeze(2)).sum(2)
+    smaller, larger = certain_ranks(lower, upper)
     places = []
     for rank in range(size):
         fits = ((smaller <= rank) & (rank <= size - 1 - larger)).unsqueeze(-1)
