@@ -121,8 +121,9 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path, processor: bool = False) -> None:
     """Time over plain SGD against the batch, one panel per model."""
+    ratio = "cpu_ratio_to_plain" if processor else "ratio_to_plain"
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,13 +136,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             points = [r for r in rows if r["model"] == model and r["mode"] == mode and "ms" in r]
             if points and mode != "plain":
                 style = {"linewidth": 2.5, "zorder": 3} if mode == "clip_free" else {"linewidth": 1.2}
-                panel.plot(
-                    [r["batch"] for r in points], [r["ratio_to_plain"] for r in points], "o-", label=mode, **style
-                )
+                panel.plot([r["batch"] for r in points], [r[ratio] for r in points], "o-", label=mode, **style)
         panel.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         panel.set(title=model, xlabel="batch", xscale="log", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("time of a step / plain SGD")
+    panels[0][0].set_ylabel(f"{'processor ' if processor else ''}time of a step / plain SGD")
     handles = {label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     figure.set_layout_engine("constrained")
@@ -161,7 +160,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peak-modes", nargs="*", choices=MODES, default=list(MODES), help="whose memory to measure")
     parser.add_argument("--json", type=Path, help="where rows go")
     parser.add_argument("--figure", type=Path, help="where the plot goes")
+    parser.add_argument("--processor", action="store_true", help="plot processor time instead of the clock")
+    parser.add_argument("--saved", nargs="+", type=Path, help="plot the rows of these files instead of measuring")
     options = parser.parse_args(arguments)
+    if options.saved:
+        if not options.figure:
+            parser.error("--saved: expected --figure beside it, got none; say where the plot goes")
+        draw([row for file in options.saved for row in json.loads(file.read_text())], options.figure, options.processor)
+        return 0
     if "plain" not in options.modes:
         parser.error("--modes: expected plain among them, got none to compare with; add it")
     torch.set_num_threads(options.threads)
@@ -175,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.figure:
-        draw(rows, options.figure)
+        draw(rows, options.figure, options.processor)
     return 0
 
 

@@ -39,6 +39,9 @@ def test_rows_and_figure(tmp_path: Path) -> None:
         assert row["ratio_to_plain"] > 0 and row["ratio_to_projected"] > 0
     assert all(r["ratio_to_plain"] == 1.0 for r in rows if r["mode"] == "plain")
     assert picture.stat().st_size > 1000
+    again = tmp_path / "again.png"
+    assert benchmark.main(["--saved", str(out), "--processor", "--figure", str(again)]) == 0
+    assert again.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("mode", ["clip_free", "opacus_hooks", "opacus_ghost", "vmap"])
