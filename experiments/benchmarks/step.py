@@ -139,6 +139,9 @@ def draw(rows: list[dict[str, Any]], path: Path, processor: bool = False) -> Non
                 panel.plot([r["batch"] for r in points], [r[ratio] for r in points], "o-", label=mode, **style)
         panel.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         panel.set(title=model, xlabel="batch", xscale="log", yscale="log")
+        batches = sorted({r["batch"] for r in rows if r["model"] == model})
+        panel.set_xticks(batches, [str(b) for b in batches])
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"{'processor ' if processor else ''}time of a step / plain SGD")
     handles = {label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
