@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["blocks", "check_operands", "gather_signs", "row_blocks", "tiles", "wide"]
 
 _BLOCK_ELEMENTS = 1 << 22  # 16 MiB of float32: stays near the last-level cache of a small CPU
-_TILE_ELEMENTS = 1 << 18  # 1 MiB of float32: stays in a core's own cache
+_TILE_ELEMENTS = 1 << 18  # of each thread: 1 MiB of float32 stays in a core's own cache
 
 
 def check_operands(operator: str, x: Tensor, w: Tensor) -> None:
@@ -45,9 +45,10 @@ def blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def tiles(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """As :func:`blocks`, in one buffer of the size of a core's cache: ``t`` is overwritten by the next one."""
-    buffer = x.new_empty(min(len(x), max(1, _TILE_ELEMENTS // max(1, w.numel()))), *w.shape)
-    for rows in row_blocks(len(x), w.numel(), _TILE_ELEMENTS):
+    """As :func:`blocks`, in one buffer of the size of the cores' caches: ``t`` is overwritten by the next one."""
+    elements = _TILE_ELEMENTS * torch.get_num_threads()
+    buffer = x.new_empty(min(len(x), max(1, elements // max(1, w.numel()))), *w.shape)
+    for rows in row_blocks(len(x), w.numel(), elements):
         yield rows, torch.sub(x[rows, None, :], w, out=buffer[: rows.stop - rows.start])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row maxima through one-hot digits: exact, the first index at ties, in every precision mode."""
+"""Row maxima through one-hot rows: exact, the first index at ties, in every precision mode."""
 
 from collections.abc import Iterator
 
