@@ -77,6 +77,26 @@ def test_gradients_are_those_of_a_loop_that_clips_each_example(clip: float, chun
         torch.testing.assert_close(got[n.replace("0.", "0.module.", 1) if n.startswith("0.") else n], g)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_are_those_of_opacus_clipped() -> None:
+    """Per-example gradients by another library's hooks, flat clipping over the foreign part."""
+    grad_sample = pytest.importorskip("opacus.grad_sample")
+    torch.manual_seed(5)
+    module = Net().train()
+    hooked = grad_sample.GradSampleModule(copy.deepcopy(module), strict=False, loss_reduction="sum")
+    x, y = torch.rand(9, 1, 6, 6), torch.arange(9) % 2
+    nn.functional.cross_entropy(hooked(x), y, reduction="sum").backward()
+    parts = {n: p.grad_sample for n, p in hooked._module.features.named_parameters()}
+    norms = sum(g.flatten(1).square().sum(1) for g in parts.values()).sqrt()
+    bound = float(norms.median())
+    assert (norms > bound).any() and (norms < bound).any()
+    clip_foreign(module, {"features": bound})
+    got = gradient(module, x, y)
+    for n, g in parts.items():
+        want = (g * (bound / norms.clamp_min(bound)).view(-1, *[1] * (g.ndim - 1))).sum(0)
+        torch.testing.assert_close(got[f"features.module.{n}"], want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 1e3])
 def test_one_example_moves_the_sum_by_no_more_than_the_joint_bound(scale: float) -> None:
     """Weights and inputs at every scale; the example is added to and taken from a batch."""
