@@ -93,25 +93,31 @@ class _Watch(TorchDispatchMode):
         return out
 
 
+_PRODUCTS = {
+    "cpu": (("mkldnn", "matmul"), ("mkldnn", "conv")),
+    "cuda": (("cuda", "matmul"), ("cudnn", "conv")),
+}
+
+
 def _lowered(kind: str, convolves: bool) -> str | None:
     """The switch of torch.backends by which a float32 product is computed in TF32 or bfloat16, if one is on."""
-    backends = torch.backends
-    switches = {
-        "cpu": {"mkldnn.matmul": backends.mkldnn, "mkldnn.conv": backends.mkldnn},
-        "cuda": {"cuda.matmul": backends.cuda, "cudnn.conv": backends.cudnn},
-    }.get(kind, {})
-    for name, backend in switches.items():
-        operator = name.partition(".")[2]
+    for name, operator in _PRODUCTS.get(kind, ()):
         if operator == "conv" and not convolves:
             continue
+        backend = getattr(torch.backends, name)
         precision = getattr(getattr(backend, operator, None), "fp32_precision", None)
-        if precision is None:  # torch before 2.9
-            flags = {
-                "mkldnn.matmul": torch.get_float32_matmul_precision() != "highest",
-                "cuda.matmul": backends.cuda.matmul.allow_tf32,
-                "cudnn.conv": backends.cudnn.allow_tf32,
-            }
-            precision = "tf32" if flags.get(name, False) else "ieee"
+        if precision is None:
+            precision = _before_2_9(name, operator)
         if precision not in _FULL:
-            return f"torch.backends.{name} at {precision!r}"
+            return f"torch.backends.{name}.{operator} at {precision!r}"
     return None
+
+
+def _before_2_9(name: str, operator: str) -> str:
+    """The same from the flags of older torch versions."""
+    flags = {
+        ("mkldnn", "matmul"): torch.get_float32_matmul_precision() != "highest",
+        ("cuda", "matmul"): torch.backends.cuda.matmul.allow_tf32,
+        ("cudnn", "conv"): torch.backends.cudnn.allow_tf32,
+    }
+    return "tf32" if flags.get((name, operator), False) else "ieee"
