@@ -2,8 +2,8 @@
 """The power mean on a CPU: tiles that stay in a core's cache, multiplication or exp2 and log2 in place of pow.
 
 Values of whole exponents are summed as they come, scaled by one power of two so that nothing overflows. Underflow, and
-the floor that keeps a CPU from its slow path, change a term by at most the smallest normal number; where a sum is at
-least ``I / eps`` of it that is one rounding, and examples with a smaller sum are computed anew relative to each
+the floor that keeps a CPU from its slow path, change a term by at most 4 times the smallest normal number; where a sum
+is at least ``I / eps`` of that it is one rounding, and examples with a smaller sum are computed anew relative to each
 output's maximum, which is safe at every p.
 
 Gradients fold the cotangent into the difference, as the Triton kernels do: ``dy r = u^(p-1)`` with ``u = a (x - w)``
@@ -33,12 +33,16 @@ def _whole(p: float) -> int:
     return n if n <= 64 or (n <= 1024 and n & (n - 1) == 0) else 0
 
 
+def _floor(t: Tensor) -> float:
+    """A power that stays a normal number when it is computed with rounding."""
+    return 4 * torch.finfo(t.dtype).tiny
+
+
 def _raise(t: Tensor, p: float) -> Tensor:
-    """``t^p`` for ``0 <= t <= 1``, in place; at least the smallest normal number, as a CPU is slow below it."""
-    tiny = torch.finfo(t.dtype).tiny
+    """``t^p`` for ``0 <= t <= 1``, in place; at least a normal number, as a CPU is slow below."""
     if _whole(p):
-        return whole_power(t.clamp_min_(tiny ** (1 / p)), _whole(p))
-    return t.log2_().mul_(p).clamp_min_(math.log2(tiny)).exp2_()
+        return whole_power(t.clamp_min_(_floor(t) ** (1 / p)), _whole(p))
+    return t.log2_().mul_(p).clamp_min_(math.log2(_floor(t))).exp2_()
 
 
 def _root_of_sum(t: Tensor, n: int) -> Tensor:
@@ -48,7 +52,7 @@ def _root_of_sum(t: Tensor, n: int) -> Tensor:
     if n % 2 == 1:
         return whole_power(t.abs_(), n).sum(-1).sqrt_()
     if n % 4 == 0 and n > _OFTEN_TINY:
-        t.square_().clamp_min_(torch.finfo(t.dtype).tiny ** (2 / n))
+        t.square_().clamp_min_(_floor(t) ** (2 / n))
         return torch.linalg.vector_norm(whole_power(t, n // 4), dim=-1)
     return torch.linalg.vector_norm(whole_power(t, n // 2), dim=-1)
 
@@ -73,7 +77,7 @@ def power_mean_blocked(x: Tensor, w: Tensor, p: float) -> Tensor:
     n, d, info = _whole(p), x.shape[1], torch.finfo(x.dtype)
     for rows, t in tiles(x * scale, w * scale):  # the square roots of the sums
         y[rows] = _root_of_sum(t, n)
-    good = ((y >= math.sqrt(d * info.tiny / info.eps)) & (y < math.inf)).all(1)
+    good = ((y >= math.sqrt(d * _floor(y) / info.eps)) & (y < math.inf)).all(1)
     y = _root(y.mul_(d**-0.5), n).div_(scale)
     if not bool(good.all()):
         y[~good] = _relative(x[~good], w, p, y.new_empty(int((~good).sum()), len(w)))
@@ -86,7 +90,7 @@ def _scale(x: Tensor, w: Tensor, p: float) -> float | None:
     largest = float(x.abs().amax() + w.abs().amax())
     if not _whole(p) or not 0 < largest < math.inf:
         return None
-    top, bottom, terms = math.log2(info.max) - 2, math.log2(info.tiny / info.eps), math.log2(x.shape[1])
+    top, bottom, terms = math.log2(info.max) - 2, math.log2(_floor(x) / info.eps), math.log2(x.shape[1])
     if top - bottom - 2 * terms < 3 * p:  # distances below an eighth of the largest would be out of range
         return None
     exponent = math.floor((top - terms) / p - math.log2(largest))
@@ -123,7 +127,7 @@ def _cotangents(t: Tensor, a: Tensor, q: Tensor | None, p: float) -> Tensor:
     if n and n % 2 == 0:
         t.mul_(a)
         if n > _OFTEN_TINY:
-            t = torch.hardshrink(t, torch.finfo(t.dtype).tiny ** (1 / (n - 1)))
+            t = torch.hardshrink(t, _floor(t) ** (1 / (n - 1)))
         return whole_power(t, n - 1)
     sign = t.mul_(a).sign()
     size = t.abs_()

@@ -68,7 +68,7 @@ def _backward_reference(
     for (rows, below), (_, above) in zip(blocks(lower, w), blocks(upper, w), strict=True):
         near_upper = above < -below.clamp_min(0)
         near = torch.where(near_upper, above, below.clamp_min(0))
-        far_upper = above.abs() >= below.abs()
+        far_upper = above.abs() > below.abs()
         far = torch.where(far_upper, above, below)
         for t, by_upper, y, dy in ((near, near_upper, low, dlow), (far, far_upper, high, dhigh)):
             norm = (y[rows] * d ** (1 / p)).unsqueeze(-1)
@@ -196,7 +196,7 @@ def power_mean_interval(lower: Tensor, upper: Tensor, w: Tensor, p: float) -> tu
     """Exact range ``(low, high)`` [B, O] of every neuron over the boxes ``lower <= x <= upper`` [B, I].
 
     Differentiable in ``lower``, ``upper`` and ``w`` [O, I], once. A coordinate that may meet its weight has derivative
-    0 in ``low``; where both ends of it are as far from the weight, ``high`` credits the upper one.
+    0 in ``low``; where both ends of it are as far from the weight, ``high`` credits the lower one.
 
     Raises:
         ValueError: operands do not fit, or ``p`` is below 2 or not finite.

@@ -130,7 +130,7 @@ def _add_gradients(grad_l, grad_u, l, u, there, a0, q0, a1, q1, p, P: tl.constex
             tl.where(near_upper, above, tl.maximum(below, 0.0)), low_a, tl.reshape(q0, low_a.shape), p, P
         )
         near = first * second
-        far_upper = tl.abs(above) >= tl.abs(below)
+        far_upper = tl.abs(above) > tl.abs(below)
         first, second = cotangents(
             tl.where(far_upper, above, below), tl.reshape(a1, low_a.shape), tl.reshape(q1, low_a.shape), p, P
         )
