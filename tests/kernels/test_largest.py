@@ -46,6 +46,15 @@ def test_k_largest(k: int, ties: bool) -> None:
     assert torch.equal(largest(t.clone(), k, False)[0], expected)
 
 
+@pytest.mark.parametrize(("length", "k"), [(65, 2), (127, 2), (128, 2), (129, 4), (196, 4), (255, 4), (256, 4)])
+def test_rows_about_the_length_where_torch_sorts_otherwise(length: int, k: int) -> None:
+    t = torch.randint(0, 40, (30, length)).float()
+    t[0], t[1, 5] = 0.0, torch.inf
+    value, index = largest(t.clone(), k, True)
+    assert torch.equal(value, t.sort(-1, descending=True)[0][:, :k]) and torch.equal(t.gather(-1, index), value)
+    assert all(len(set(row)) == k for row in index.tolist())
+
+
 def test_nan_is_the_value_and_the_index_is_in_range() -> None:
     t = torch.randn(4, 9)
     t[1, 4] = torch.nan
