@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backends are chosen by speed under auto, and never replaced where one was asked for by name."""
 
+import subprocess
+import sys
+
 import pytest
 
 from dplip.errors import ConfigError
@@ -72,3 +75,22 @@ def test_without_triton_there_is_no_such_backend(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     register_triton("plain", "no_such_module", "run")
     assert backends("plain", "cuda") == ["reference"]
+
+
+def test_everything_on_a_cpu_works_with_triton_absent() -> None:
+    """In a process where importing it fails."""
+    program = """
+import sys
+sys.modules["triton"] = None  # what the import system takes for absent
+import torch
+from dplip.kernels.dispatch import backends
+from dplip.layers import GroupSort, LinearSpline, LinfDistance, SortLinear
+net = torch.nn.Sequential(LinfDistance(8, 6, p=8.0), LinearSpline(6), GroupSort(2), SortLinear.geometric(6, 4, 0.3))
+x = torch.randn(5, 8, requires_grad=True)
+net(x).sum().backward()
+assert x.grad.isfinite().all() and x.grad.any()
+operators = ("order_statistic", "power_mean", "linear_spline", "group_sort")
+assert not any("triton" in backends(operator, "cuda") for operator in operators)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
