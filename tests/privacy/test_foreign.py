@@ -81,9 +81,11 @@ def test_gradients_are_those_of_a_loop_that_clips_each_example(clip: float, chun
 def test_gradients_are_those_of_opacus_clipped() -> None:
     """Per-example gradients by another library's hooks, flat clipping over the foreign part."""
     grad_sample = pytest.importorskip("opacus.grad_sample")
+    from dplip.interop.opacus import prepare
+
     torch.manual_seed(5)
     module = Net().train()
-    hooked = grad_sample.GradSampleModule(copy.deepcopy(module), strict=False, loss_reduction="sum")
+    hooked = grad_sample.GradSampleModule(prepare(copy.deepcopy(module)), strict=False, loss_reduction="sum")
     x, y = torch.rand(9, 1, 6, 6), torch.arange(9) % 2
     nn.functional.cross_entropy(hooked(x), y, reduction="sum").backward()
     parts = {n: p.grad_sample for n, p in hooked._module.features.named_parameters()}
