@@ -15,6 +15,7 @@ from torch import Tensor
 from dplip.kernels.triton.launch import Rows, Work, operands, options, packed, row_slabs, tile_for
 from dplip.kernels.triton.tile import (
     DISTANCE,
+    LOWER,
     VARYING,
     Tile,
     bits_of,
@@ -23,8 +24,10 @@ from dplip.kernels.triton.tile import (
     difference,
     farthest,
     half_max,
-    locate_tile,
+    load_operands,
     outputs_of,
+    segment,
+    tile_rows,
 )
 
 __all__ = ["interval", "largest", "largest_with_index"]
@@ -43,12 +46,10 @@ def _largest_kernel(
     last = tl.minimum(first + share, total)
     ks = tl.arange(0, BK)[:, None, None]
     while first < last:
-        tile = first // units
-        begin = first - tile * units
-        end = tl.minimum(units, begin + last - first)
-        rm, rn = locate_tile(tile, tiles_m, B, O, RM, RN, TM, TN)
-        xs = tl.minimum(rm, B - 1).to(tl.int64)[None] * x_row + ks
-        wp = w + tl.minimum(rn, O - 1).to(tl.int64)[None] * w_row + ks
+        tile, begin, end = segment(first, last, units)
+        rm, rm_in = tile_rows(tile % tiles_m, B, RM, TM)  # tiles that share weights are neighbours
+        rn, rn_in = tile_rows(tile // tiles_m, O, RN, TN)
+        x_at, w_at = rm_in.to(tl.int64)[None] * x_row + ks, rn_in.to(tl.int64)[None] * w_row + ks
         best = tl.zeros((RM, RN, TM, TN), tl.int32)
         where = tl.zeros((RM, RN, TM, TN), tl.int32)
         for unit in tl.range(begin, end, num_stages=STAGES):
@@ -56,15 +57,7 @@ def _largest_kernel(
             k0 = unit * (BK * U) if SHORT else tl.minimum(unit * (BK * U), I - BK * U)
             most = tl.zeros((RM, RN, TM, TN), tl.int32) if BRACKET else best
             for u in tl.static_range(U):
-                k = k0 + u * BK
-                if SHORT:
-                    a = tl.load(x + xs + k, mask=ks + k < I, other=0)
-                    a2 = a if KIND == DISTANCE else tl.load(x2 + xs + k, mask=ks + k < I, other=0)
-                    b = tl.load(wp + k, mask=ks + k < I, other=0)
-                else:
-                    a = tl.load(x + xs + k)
-                    a2 = a if KIND == DISTANCE else tl.load(x2 + xs + k)
-                    b = tl.load(wp + k)
+                a, a2, b = load_operands(x + x_at, x2 + x_at, w + w_at, ks, k0 + u * BK, I, KIND, SHORT)
                 most = block_max(most, a, a2, b, KIND, HALF, BK, RM, RN, TM, TN)
             if BRACKET:
                 if HALF:
@@ -122,26 +115,16 @@ def _interval_kernel(
     last = tl.minimum(first + share, total)
     ks = tl.arange(0, BK)[:, None, None]
     while first < last:
-        tile = first // units
-        begin = first - tile * units
-        end = tl.minimum(units, begin + last - first)
-        rm, rn = locate_tile(tile, tiles_m, B, O, RM, RN, TM, TN)
-        xs = tl.minimum(rm, B - 1).to(tl.int64)[None] * x_row + ks
-        wp = w + tl.minimum(rn, O - 1).to(tl.int64)[None] * w_row + ks
+        tile, begin, end = segment(first, last, units)
+        rm, rm_in = tile_rows(tile % tiles_m, B, RM, TM)  # tiles that share weights are neighbours
+        rn, rn_in = tile_rows(tile // tiles_m, O, RN, TN)
+        x_at, w_at = rm_in.to(tl.int64)[None] * x_row + ks, rn_in.to(tl.int64)[None] * w_row + ks
         least = tl.zeros((RM, RN, TM, TN), tl.int32)
         most = tl.zeros((RM, RN, TM, TN), tl.int32)
         for unit in tl.range(begin, end, num_stages=STAGES):
             k0 = unit * (BK * U) if SHORT else tl.minimum(unit * (BK * U), I - BK * U)
             for u in tl.static_range(U):
-                k = k0 + u * BK
-                if SHORT:
-                    a = tl.load(x + xs + k, mask=ks + k < I, other=0)
-                    a2 = tl.load(x2 + xs + k, mask=ks + k < I, other=0)
-                    b = tl.load(wp + k, mask=ks + k < I, other=0)
-                else:
-                    a = tl.load(x + xs + k)
-                    a2 = tl.load(x2 + xs + k)
-                    b = tl.load(wp + k)
+                a, a2, b = load_operands(x + x_at, x2 + x_at, w + w_at, ks, k0 + u * BK, I, LOWER, SHORT)
                 least, most = block_range(least, most, a, a2, b, BK, RM, RN, TM, TN)
         at = outputs_of(tile, tiles_m, O, zero, DIRECT, RM, RN, TM, TN)
         live = (rm[:, None, :, None] < B) & (rn[None, :, None, :] < O)

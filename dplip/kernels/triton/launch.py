@@ -16,7 +16,20 @@ from torch import Tensor
 from dplip.errors import ConfigError
 from dplip.kernels.triton.tile import Tile
 
-__all__ = ["TILES", "Rows", "Work", "bucket", "operands", "options", "packed", "row_slabs", "tile_for", "tuned"]
+__all__ = [
+    "TILES",
+    "Rows",
+    "Work",
+    "bucket",
+    "operands",
+    "options",
+    "packed",
+    "processors",
+    "register_cap",
+    "row_slabs",
+    "tile_for",
+    "tuned",
+]
 
 # Kernel -> its tiles by shape, see :func:`bucket`. Deep, wide and small ones were the fastest of 79 timings on an H200,
 # except for those of "keys", which like all narrow ones are estimates.
@@ -122,9 +135,8 @@ def tuned() -> dict[str, dict[str, Tile]]:
 def options(tile: Tile) -> dict[str, int]:
     """Keyword arguments of a launch; registers are capped so that ``per_sm`` programs fit a multiprocessor."""
     names = ("RM", "RN", "TM", "TN", "BK", "U", "STAGES")
-    registers = min(255, 65536 // (tile.per_sm * tile.warps * 32) // 8 * 8)
     sizes = {name: getattr(tile, name) for name in names} | {"DIRECT": tile.direct}
-    return sizes | {"num_warps": tile.warps, "maxnreg": registers}
+    return sizes | {"num_warps": tile.warps, "maxnreg": register_cap(tile.per_sm, tile.warps)}
 
 
 class Rows(NamedTuple):
@@ -151,8 +163,14 @@ def row_slabs(B: int, O: int) -> Iterator[slice]:
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where there is none, for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def register_cap(programs: int, warps: int) -> int:
+    """Registers of a thread that let ``programs`` of ``warps`` warps share a multiprocessor."""
+    return min(255, 65536 // (programs * warps * 32) // 8 * 8)
 
 
 class Work(NamedTuple):
@@ -174,6 +192,6 @@ class Work(NamedTuple):
         tiles_m = -(-B // tile.rows)
         units = -(-I // tile.depth)
         total = tiles_m * -(-O // tile.columns) * units
-        slots = tile.waves * tile.per_sm * (_multiprocessors(device.index or 0) if device.type == "cuda" else 2)
+        slots = tile.waves * tile.per_sm * processors(device)
         share = max(1, -(-total // slots))
         return cls(-(-total // share), tiles_m, units, share, total)

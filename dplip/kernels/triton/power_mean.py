@@ -15,21 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dplip.kernels.triton.launch import processors
 from dplip.kernels.triton.powers import (
     SMALL,
     Config,
     add_power,
     compiled_exponent,
     cut,
-    halves,
     load_tiles,
     options,
     outer,
-    processors,
     root,
     rows_contiguous,
-    tile_rows,
 )
+from dplip.kernels.triton.tile import halves, tile_rows
 
 __all__ = ["CONFIGS", "forward"]
 

@@ -16,20 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dplip.kernels.triton.launch import processors
 from dplip.kernels.triton.powers import (
     SMALL,
     Config,
     compiled_exponent,
     cut,
-    halves,
     load_tiles,
     options,
     outer,
-    processors,
     row_factors,
     rows_contiguous,
-    tile_rows,
 )
+from dplip.kernels.triton.tile import halves, tile_rows
 
 __all__ = ["BACKWARD_CONFIGS", "backward", "coefficients", "cotangents", "ghost_norm", "weight_grad"]
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dplip.kernels.triton.launch import processors
 from dplip.kernels.triton.power_mean_gradient import coefficients, cotangents
 from dplip.kernels.triton.powers import (
     SMALL,
@@ -19,14 +20,12 @@ from dplip.kernels.triton.powers import (
     add_power,
     compiled_exponent,
     cut,
-    halves,
     options,
     outer,
-    processors,
     root,
     rows_contiguous,
-    tile_rows,
 )
+from dplip.kernels.triton.tile import halves, tile_rows
 
 __all__ = ["BACKWARD_CONFIGS", "CONFIGS", "backward", "forward"]
 

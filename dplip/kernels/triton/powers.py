@@ -7,7 +7,6 @@ Triton's default layout puts the register tile on the leading axes and each load
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dplip.kernels.dispatch import interpreted
+from dplip.kernels.triton.launch import register_cap
+from dplip.kernels.triton.tile import PLAIN
 
 __all__ = [
-    "SMALL", "Config", "add_power", "compiled_exponent", "cut", "halves", "load_tiles", "log2", "options", "outer",
-    "power", "processors", "root", "row_factors", "rows_contiguous", "tile_rows",
+    "SMALL", "Config", "add_power", "compiled_exponent", "cut", "load_tiles", "log2", "options", "outer",
+    "power", "root", "row_factors", "rows_contiguous",
 ]  # fmt: skip
 
 
@@ -40,7 +40,6 @@ class Config(NamedTuple):
 
 
 SMALL = Config(2, 4, 16, 8, 8, 2, 4)
-INTERPRETED = tl.constexpr(interpreted())  # inline assembly is not interpreted
 
 
 @triton.jit
@@ -58,7 +57,7 @@ def power(t, P: tl.constexpr):
 @triton.jit
 def log2(a, P: tl.constexpr):
     """Base-2 logarithm: the chip's for ``P`` = 0, off by at most 2^-22 below 2; the slow exact one for ``P`` = -1."""
-    if P < 0 or INTERPRETED:
+    if P < 0 or PLAIN:
         result = tl.log2(a)
     else:
         result = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [a], tl.float32, is_pure=True, pack=1)
@@ -97,21 +96,6 @@ def row_factors(u, p, P: tl.constexpr):
 
 
 @triton.jit
-def halves(v, N: tl.constexpr):
-    """``v`` [N, R, T] as two of N / 2: ways of naming registers, which cost nothing."""
-    R: tl.constexpr = v.shape[1]
-    T: tl.constexpr = v.shape[2]
-    return tl.split(tl.permute(tl.reshape(v, (2, N // 2, R, T)), (1, 2, 3, 0)))
-
-
-@triton.jit
-def tile_rows(pid, n, R: tl.constexpr, T: tl.constexpr):
-    """Indices [R, T] of a tile, and the same kept inside ``n``."""
-    rows = pid * (R * T) + tl.arange(0, R)[:, None] * T + tl.arange(0, T)[None, :]
-    return rows, tl.minimum(rows, n - 1)
-
-
-@triton.jit
 def load_tiles(x_at, w_at, k, end, EVEN: tl.constexpr):
     """``x`` [BK, RM, TM] and ``w`` [BK, RN, TN] at coordinates ``k`` [BK, 1, 1]; 0 from ``end`` on."""
     if EVEN:
@@ -141,11 +125,6 @@ def root(mean, p, P: tl.constexpr):
     else:
         result = tl.exp2(tl.log2(mean.to(tl.float64)) / p).to(tl.float32)
     return result
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def cut(tiles: int, length: int, unit: int, slots: int) -> tuple[int, int]:
@@ -184,8 +163,8 @@ def compiled_exponent(p: float) -> int:
 
 def options(config: Config) -> dict[str, Any]:
     """Keyword arguments of a launch; registers are capped so that ``resident`` programs fit a processor."""
-    registers = min(255, 65536 // (config.resident * config.warps * 32) // 8 * 8)
     return {
         "RM": config.rm, "RN": config.rn, "TM": config.tm, "TN": config.tn, "BK": config.bk,
-        "STAGES": config.stages, "num_warps": config.warps, "maxnreg": registers, "enable_fp_fusion": True,
+        "STAGES": config.stages, "num_warps": config.warps, "maxnreg": register_cap(config.resident, config.warps),
+        "enable_fp_fusion": True,
     }  # fmt: skip

@@ -17,11 +17,12 @@ atomic maximum is exact in any order.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+from dplip.kernels.dispatch import interpreted
 
 __all__ = [
     "DISTANCE",
@@ -36,12 +37,14 @@ __all__ = [
     "farthest",
     "half_max",
     "halves",
-    "locate_tile",
+    "load_operands",
     "outputs_of",
+    "segment",
+    "tile_rows",
 ]
 
 # Inline assembly does not run in the interpreter.
-PLAIN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+PLAIN = tl.constexpr(interpreted())
 
 # What an element is: |x - w|; or over a box, its least and its largest value.
 DISTANCE = tl.constexpr(0)
@@ -89,11 +92,33 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def locate_tile(tile, tiles_m, B, O, RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):
-    """Rows [RM, TM] and columns [RN, TN] of a tile; tiles that share weights are neighbours."""
-    rm = (tile % tiles_m) * (RM * TM) + tl.arange(0, RM)[:, None] * TM + tl.arange(0, TM)[None, :]
-    rn = (tile // tiles_m) * (RN * TN) + tl.arange(0, RN)[:, None] * TN + tl.arange(0, TN)[None, :]
-    return rm, rn
+def tile_rows(pid, n, R: tl.constexpr, T: tl.constexpr):
+    """Indices [R, T] of a tile, and the same kept inside ``n``."""
+    rows = pid * (R * T) + tl.arange(0, R)[:, None] * T + tl.arange(0, T)[None, :]
+    return rows, tl.minimum(rows, n - 1)
+
+
+@triton.jit
+def segment(first, last, units):
+    """Of the units ``first`` to ``last``, those of one tile: the tile, and its units from ``begin`` to ``end``."""
+    tile = first // units
+    begin = first - tile * units
+    return tile, begin, tl.minimum(units, begin + last - first)
+
+
+@triton.jit
+def load_operands(x_at, x2_at, w_at, ks, k, end, KIND: tl.constexpr, MASK: tl.constexpr):
+    """``x``, ``x2`` (``x`` again for a distance) and ``w``, ``k`` coordinates on from ``ks`` [BK, 1, 1], where the
+    pointers stand; with ``MASK`` 0 from ``end`` on."""
+    if MASK:
+        a = tl.load(x_at + k, mask=ks + k < end, other=0)
+        a2 = a if KIND == DISTANCE else tl.load(x2_at + k, mask=ks + k < end, other=0)
+        b = tl.load(w_at + k, mask=ks + k < end, other=0)
+    else:
+        a = tl.load(x_at + k)
+        a2 = a if KIND == DISTANCE else tl.load(x2_at + k)
+        b = tl.load(w_at + k)
+    return a, a2, b
 
 
 @triton.jit

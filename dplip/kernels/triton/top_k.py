@@ -27,8 +27,10 @@ from dplip.kernels.triton.tile import (
     block_max,
     difference,
     halves,
-    locate_tile,
+    load_operands,
     outputs_of,
+    segment,
+    tile_rows,
 )
 
 __all__ = ["top_k"]
@@ -71,26 +73,17 @@ def _keys_kernel(
     last = tl.minimum(first + share, total)
     ks = tl.arange(0, BK)[:, None, None]
     while first < last:
-        tile = first // units
-        begin = first - tile * units
-        end = tl.minimum(units, begin + last - first)
-        rm, rn = locate_tile(tile, tiles_m, B, O, RM, RN, TM, TN)
-        xs = tl.minimum(rm, B - 1).to(tl.int64)[None] * x_row + ks
-        wp = w + tl.minimum(rn, O - 1).to(tl.int64)[None] * w_row + ks
+        tile, begin, end = segment(first, last, units)
+        _, rm_in = tile_rows(tile % tiles_m, B, RM, TM)
+        _, rn_in = tile_rows(tile // tiles_m, O, RN, TN)
+        x_at, w_at = rm_in.to(tl.int64)[None] * x_row + ks, rn_in.to(tl.int64)[None] * w_row + ks
         for unit in tl.range(begin, end, num_stages=STAGES):
             packed = tl.zeros((RM, RN, TM, TN), tl.int32)
             for half in tl.static_range(2):
                 most = tl.zeros((RM, RN, TM, TN), tl.int32)
                 for u in tl.static_range(U // 2):
                     k = unit * (BK * U) + (half * (U // 2) + u) * BK
-                    if MASK:
-                        a = tl.load(x + xs + k, mask=ks + k < I, other=0)
-                        a2 = a if KIND == DISTANCE else tl.load(x2 + xs + k, mask=ks + k < I, other=0)
-                        b = tl.load(wp + k, mask=ks + k < I, other=0)
-                    else:
-                        a = tl.load(x + xs + k)
-                        a2 = a if KIND == DISTANCE else tl.load(x2 + xs + k)
-                        b = tl.load(wp + k)
+                    a, a2, b = load_operands(x + x_at, x2 + x_at, w + w_at, ks, k, I, KIND, MASK)
                     most = block_max(most, a, a2, b, KIND, False, BK, RM, RN, TM, TN)
                 packed |= (most >> 15) << (16 * half)
             at = outputs_of(tile, tiles_m, wide, zero, DIRECT, RM, RN, TM, TN)
