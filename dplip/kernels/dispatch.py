@@ -16,6 +16,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dplip.errors import ConfigError
 
 __all__ = ["backends", "interpreted", "register", "register_triton", "select"]
@@ -49,11 +52,14 @@ def register_triton(operator: str, module: str, name: str) -> None:
     """``operator`` has a Triton backend: the function ``name`` of ``dplip.kernels.triton.<module>``.
 
     It runs on CUDA devices, and on the CPU where ``TRITON_INTERPRET=1`` and ``DPLIP_KERNELS=triton`` ask for the
-    interpreter. Without Triton installed there is no such backend.
+    interpreter. Without Triton installed there is no such backend. Its kernels compute in float32; float64 operands,
+    which they would round, take the reference.
     """
 
-    def load(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f"dplip.kernels.triton.{module}"), name)(*args, **kwargs)
+    def load(*args: Any) -> Any:
+        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+            return _TABLE[operator]["reference"][0](*args)
+        return getattr(importlib.import_module(f"dplip.kernels.triton.{module}"), name)(*args)
 
     if _has_triton():
         register(operator, "triton", frozenset({"cuda", "interpreter"}))(load)

@@ -83,24 +83,9 @@ register_triton("power_mean_weight_grad", "power_mean_gradient", "weight_grad")
 register_triton("power_mean_ghost_norm", "power_mean_gradient", "ghost_norm")
 
 
-def _run(operator: str, x: Tensor, *arguments: Any) -> Any:
-    """The kernels of a GPU are for float32 and below; float64 there takes the reference, which is exact."""
-    if x.is_cuda and x.dtype == torch.float64:
-        return _REFERENCES[operator](x, *arguments)
-    return select(operator, x.device.type)(x, *arguments)
-
-
-_REFERENCES = {
-    "power_mean": power_mean_reference,
-    "power_mean_backward": _backward_reference,
-    "power_mean_weight_grad": _weight_grad_reference,
-    "power_mean_ghost_norm": _ghost_norm_reference,
-}
-
-
 @torch.library.custom_op("dplip::power_mean", mutates_args=())
 def _forward_op(x: Tensor, w: Tensor, p: float) -> Tensor:
-    y: Tensor = _run("power_mean", x, w, p)
+    y: Tensor = select("power_mean", x.device.type)(x, w, p)
     return y
 
 
@@ -113,7 +98,7 @@ def _(x: Tensor, w: Tensor, p: float) -> Tensor:
 def _backward_op(
     x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float, want_x: bool, want_w: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, dw = _run("power_mean_backward", x, w, y, dy, p, want_x, want_w)
+    dx, dw = select("power_mean_backward", x.device.type)(x, w, y, dy, p, want_x, want_w)
     return dx, dw
 
 
@@ -124,7 +109,7 @@ def _(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float, want_x: bool, want_
 
 @torch.library.custom_op("dplip::power_mean_weight_grad", mutates_args=())
 def _weight_grad_op(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor:
-    grad: Tensor = _run("power_mean_weight_grad", x, w, y, dy, p)
+    grad: Tensor = select("power_mean_weight_grad", x.device.type)(x, w, y, dy, p)
     return grad
 
 
@@ -135,7 +120,7 @@ def _(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor:
 
 @torch.library.custom_op("dplip::power_mean_ghost_norm", mutates_args=())
 def _ghost_norm_op(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor:
-    norm: Tensor = _run("power_mean_ghost_norm", x, w, y, dy, p)
+    norm: Tensor = select("power_mean_ghost_norm", x.device.type)(x, w, y, dy, p)
     return norm
 
 

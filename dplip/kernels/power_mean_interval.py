@@ -88,9 +88,7 @@ register_triton("power_mean_interval_backward", "power_mean_interval", "backward
 
 @torch.library.custom_op("dplip::power_mean_interval", mutates_args=())
 def _forward_op(lower: Tensor, upper: Tensor, w: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    exact = w.is_cuda and w.dtype == torch.float64  # the kernels of a GPU are for float32 and below
-    run = power_mean_interval_reference if exact else select("power_mean_interval", w.device.type)
-    low, high = run(lower, upper, w, p)
+    low, high = select("power_mean_interval", w.device.type)(lower, upper, w, p)
     return low, high
 
 
@@ -114,8 +112,7 @@ def _backward_op(
     need_upper: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exact = w.is_cuda and w.dtype == torch.float64
-    run = _backward_reference if exact else select("power_mean_interval_backward", w.device.type)
+    run = select("power_mean_interval_backward", w.device.type)
     dlower, dupper, dw = run(lower, upper, w, low, high, dlow, dhigh, p, need_lower, need_upper, need_w)
     return dlower, dupper, dw
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""GroupSort: pairs by comparison, larger groups by sorting 64-bit keys, the value's order above the channel's place.
 
-Keys are distinct, so the order is that of a stable sort and the places are a permutation. float64 operands and groups
-of more than 1024 channels take the reference.
+Keys are distinct, so the order is that of a stable sort and the places are a permutation. Groups of more than 1024
+channels take the reference.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _group_sort_backward_kernel(dy, index, dx, N, S, G, R: tl.constexpr):
 
 def forward(x: Tensor, size: int, with_index: bool) -> tuple[Tensor, Tensor]:
     """Sorted ``x`` [B, C, S] and the places int32, or [0]."""
-    if x.dtype == torch.float64 or size > _LARGEST:
+    if size > _LARGEST:
         return operator.group_sort_reference(x, size, with_index)
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -102,8 +102,6 @@ def forward(x: Tensor, size: int, with_index: bool) -> tuple[Tensor, Tensor]:
 
 def backward(dy: Tensor, index: Tensor, size: int) -> Tensor:
     """``dx`` [B, C, S]."""
-    if dy.dtype == torch.float64:
-        return operator.group_sort_backward_reference(dy, index, size)
     dy, index = dy.contiguous(), index.contiguous()
     dx = torch.empty_like(dy)
     n = dy.numel()

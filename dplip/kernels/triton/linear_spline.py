@@ -3,7 +3,7 @@ r"""Linear splines: values, derivatives, and coefficient gradients without atomi
 
 A coefficient gradient is a histogram: every program owns some channels, a run of examples and a block of knots,
 compares the interval of each input with its knots, and writes its partial sums; those are then added in a fixed order.
-Nothing depends on the order in which programs run. float64 operands take the reference.
+Nothing depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from dplip.kernels import linear_spline as operator
 
 __all__ = ["backward", "coefficient_grad", "forward"]
 
@@ -115,8 +113,6 @@ def _elementwise(
 
 def forward(x: Tensor, coefficients: Tensor, reach: float, end_slopes: Tensor | None) -> Tensor:
     """``y`` [B, C, S] in the dtype of ``x``, computed in float32."""
-    if x.dtype == torch.float64:
-        return operator.linear_spline_reference(x, coefficients, reach, end_slopes)
     x, table = x.contiguous(), coefficients.contiguous()
     y = torch.empty_like(x)
     ends = None if end_slopes is None else end_slopes.contiguous()
@@ -128,8 +124,6 @@ def backward(
     x: Tensor, coefficients: Tensor, reach: float, end_slopes: Tensor | None, dy: Tensor, need_x: bool, need_c: bool
 ) -> tuple[Tensor, Tensor]:
     """``dx`` [B, C, S] and ``dc`` [C, K + 1], the same bits in every run; empty [0] where not needed."""
-    if x.dtype == torch.float64:
-        return operator.linear_spline_backward_reference(x, coefficients, reach, end_slopes, dy, need_x, need_c)
     x, table, dy = x.contiguous(), coefficients.contiguous(), dy.contiguous()
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     if need_x:
@@ -147,8 +141,6 @@ def backward(
 
 def coefficient_grad(x: Tensor, knots: int, reach: float, dy: Tensor) -> Tensor:
     """Each example's coefficient gradient [B, C, knots]."""
-    if x.dtype == torch.float64:
-        return operator.linear_spline_coefficient_grad_reference(x, knots, reach, dy)
     return _histogram(x.contiguous(), dy.contiguous(), knots, reach, 1, x.dtype)
 
 

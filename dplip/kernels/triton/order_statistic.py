@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of :mod:`dplip.kernels.order_statistic` and its intervals, on the kernels beside this file.
 
-float32 and narrower operands; float64 has no fast comparison on a GPU and runs the reference. Only distances of float16
-operands are compared in float16, in training: intervals, and whatever is float32, are exact.
+float32 and narrower operands. Only distances of float16 operands are compared in float16, in training: intervals, and
+whatever is float32, are exact.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dplip.kernels.order_statistic import _backward_reference, _weight_grad_reference, order_statistic_reference
-from dplip.kernels.order_statistic_interval import _backward_reference as _interval_backward_reference
-from dplip.kernels.order_statistic_interval import order_statistic_interval_reference
 from dplip.kernels.triton.largest import interval, largest, largest_with_index
 from dplip.kernels.triton.scatter import scatter, scatter_examples
 from dplip.kernels.triton.tile import LOWER, UPPER
@@ -29,8 +26,6 @@ __all__ = [
 
 def order_statistic(x: Tensor, w: Tensor, c: Tensor, with_index: bool) -> tuple[Tensor, Tensor]:
     """See :func:`dplip.kernels.order_statistic.order_statistic_reference`."""
-    if x.dtype == torch.float64:
-        return order_statistic_reference(x, w, c, with_index)
     return _selected(x, w, c, with_index, None, 0)
 
 
@@ -47,16 +42,12 @@ def order_statistic_backward(
     x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor, need_x: bool, need_w: bool
 ) -> tuple[Tensor, Tensor]:
     """Sums in a fixed order where torch is asked for determinism, see :mod:`dplip.kernels.triton.scatter`."""
-    if x.dtype == torch.float64:
-        return _backward_reference(x, w, c, index, dy, need_x, need_w)
     dx, _, dw = scatter(x, w, c, index, dy, need_x, need_w)
     return dx, dw
 
 
 def order_statistic_weight_grad(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
     """Every example's own gradient [B, O, I]."""
-    if x.dtype == torch.float64:
-        return _weight_grad_reference(x, w, c, index, dy)
     return scatter_examples(x, w, c, index, dy)
 
 
@@ -64,8 +55,6 @@ def order_statistic_interval(
     lower: Tensor, upper: Tensor, w: Tensor, c: Tensor, with_index: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both ends, for ``lower <= upper``; one pass where the largest element and no index is asked for."""
-    if lower.dtype == torch.float64:
-        return order_statistic_interval_reference(lower, upper, w, c, with_index)
     if len(c) == 1 and not with_index:
         none = torch.empty(0, dtype=torch.int32, device=lower.device)
         return *interval(lower, upper, w, c), none, none
@@ -79,10 +68,6 @@ def order_statistic_interval_backward(
     dlow: Tensor, dhigh: Tensor, need_lower: bool, need_upper: bool, need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Sums of both ends' gradients."""
-    if lower.dtype == torch.float64:
-        return _interval_backward_reference(
-            lower, upper, w, c, low_index, high_index, dlow, dhigh, need_lower, need_upper, need_w
-        )
     need_x = need_lower or need_upper
     ends = [
         scatter(lower, w, c, index, dy, need_x, need_w, x2=upper, kind=kind)

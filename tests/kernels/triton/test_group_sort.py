@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dplip.kernels.dispatch import select
 from dplip.kernels.group_sort import group_sort, group_sort_backward_reference, group_sort_reference
 from dplip.kernels.triton import group_sort as kernels
 
@@ -73,12 +74,14 @@ def test_nan_goes_where_the_reference_puts_it(size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", [2, 4])
-def test_other_dtypes(size: int, dtype: torch.dtype) -> None:
+def test_other_dtypes(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPLIP_KERNELS", "triton")
+    forward, backward = select("group_sort", DEVICE), select("group_sort_backward", DEVICE)
     x = torch.randn(3, 8, 5).to(DEVICE, dtype)
-    y, index = kernels.forward(x, size, True)
+    y, index = forward(x, size, True)
     assert torch.equal(y, group_sort_reference(x, size, True)[0])
-    assert kernels.backward(y, index, size).dtype == dtype
-    assert torch.equal(kernels.backward(y, index, size), x)
+    assert backward(y, index, size).dtype == dtype
+    assert torch.equal(backward(y, index, size), x)
 
 
 def test_groups_too_large_take_the_reference() -> None:
