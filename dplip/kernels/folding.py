@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fold", "refuse_second_derivative", "sample_by_sample", "unfold"]
+__all__ = ["fold", "gradient_of", "sample_by_sample", "unfold"]
 
 
 def fold(v: Tensor, dim: int | None, n: int, axis: int = 0) -> Tensor:
@@ -42,8 +42,18 @@ def sample_by_sample(
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-def refuse_second_derivative(operator: str) -> None:
-    """Raise ``NotImplementedError``: kernels give gradients, not gradients of gradients."""
-    raise NotImplementedError(
-        f"{operator}: expected one derivative, got a second; use the operator's reference under torch.autograd"
-    )
+def gradient_of(operator: str) -> type[torch.autograd.Function]:
+    """Base of the Functions that compute gradients of ``operator``: kernels give no gradients of gradients."""
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> None:
+            raise NotImplementedError(
+                f"{operator}: expected one derivative, got a second; use the operator's reference under torch.autograd"
+            )
+
+    return Gradient

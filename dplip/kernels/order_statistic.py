@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dplip.kernels.dispatch import register, register_triton, select
 from dplip.kernels.distance import blocks, check_operands, gather_signs, row_blocks, tiles, wide
-from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
+from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold
 from dplip.kernels.largest import largest, largest_reference
 
 __all__ = [
@@ -194,21 +194,16 @@ class _OrderStatistic(torch.autograd.Function):
         return (unfold(y, n, axis), index), (axis, None)
 
 
-class _Backward(torch.autograd.Function):
+_Gradient = gradient_of("order_statistic")
+
+
+class _Backward(_Gradient):
     @staticmethod
     def forward(
         x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor, need_x: bool, need_w: bool
     ) -> tuple[Tensor, Tensor]:
         dx, dw = _backward_op(x, w, c, index, dy.to(c.dtype), need_x, need_w)
         return dx, dw
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        refuse_second_derivative("order_statistic")
 
     @staticmethod
     def vmap(
@@ -235,19 +230,11 @@ class _Backward(torch.autograd.Function):
         return (unfold(dx, n) if need_x else dx, dw), (0 if need_x else None, 0 if need_w else None)
 
 
-class _WeightGrad(torch.autograd.Function):
+class _WeightGrad(_Gradient):
     @staticmethod
     def forward(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
         grad: Tensor = _weight_grad_op(x, w, c, index, dy.to(c.dtype))
         return grad
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        refuse_second_derivative("order_statistic")
 
     @staticmethod
     def vmap(

@@ -18,7 +18,7 @@ from torch import Tensor
 from dplip.errors import UnsoundCertificate
 from dplip.kernels.dispatch import register, register_triton, select
 from dplip.kernels.distance import blocks, check_operands, row_blocks, tiles, wide
-from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
+from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold
 from dplip.kernels.largest import largest, largest_reference
 from dplip.kernels.order_statistic import check_weights
 
@@ -191,7 +191,10 @@ class _Interval(torch.autograd.Function):
         return (unfold(ends[0], n), unfold(ends[1], n), *ends[2:]), (0, 0, None, None)
 
 
-class _Backward(torch.autograd.Function):
+_Gradient = gradient_of("order_statistic_interval")
+
+
+class _Backward(_Gradient):
     @staticmethod
     def forward(
         lower: Tensor,
@@ -211,14 +214,6 @@ class _Backward(torch.autograd.Function):
             lower, upper, w, c, low_index, high_index, dlow, dhigh, need_lower, need_upper, need_w
         )
         return dlower, dupper, dw
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        refuse_second_derivative("order_statistic_interval")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 import dplip.kernels.power_mean_blocked  # noqa: F401  registers the CPU path
 from dplip.kernels.dispatch import register, register_triton, select
 from dplip.kernels.distance import blocks, check_operands, wide
-from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
+from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold
 from dplip.kernels.power_mean_interval import power_mean_interval
 from dplip.kernels.powers import check_exponent, mean_power, row_power
 
@@ -157,21 +157,16 @@ class _PowerMean(torch.autograd.Function):
         return unfold(y, n, axis), axis
 
 
-class _Backward(torch.autograd.Function):
+_Gradient = gradient_of("power_mean")
+
+
+class _Backward(_Gradient):
     @staticmethod
     def forward(
         x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float, want_x: bool, want_w: bool
     ) -> tuple[Tensor, Tensor]:
         dx, dw = _backward_op(x, w, y, dy, p, want_x, want_w)
         return dx, dw
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        refuse_second_derivative("power_mean")
 
     @staticmethod
     def vmap(
@@ -197,19 +192,11 @@ class _Backward(torch.autograd.Function):
         return (unfold(dx, n) if want_x else dx, dw), (0 if want_x else None, 0 if want_w else None)
 
 
-class _WeightGrad(torch.autograd.Function):
+class _WeightGrad(_Gradient):
     @staticmethod
     def forward(x: Tensor, w: Tensor, y: Tensor, dy: Tensor, p: float) -> Tensor:
         grad: Tensor = _weight_grad_op(x, w, y, dy, p)
         return grad
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        refuse_second_derivative("power_mean")
 
     @staticmethod
     def vmap(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dplip.kernels.dispatch import register, register_triton, select
 from dplip.kernels.distance import blocks, check_operands, tiles, wide
-from dplip.kernels.folding import fold, refuse_second_derivative, sample_by_sample, unfold
+from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold
 from dplip.kernels.power_mean_blocked import relative_mean
 from dplip.kernels.powers import check_exponent, mean_power, row_power
 
@@ -164,19 +164,14 @@ class _Interval(torch.autograd.Function):
         return (unfold(low, n), unfold(high, n)), (0, 0)
 
 
-class _Backward(torch.autograd.Function):
+_Gradient = gradient_of("power_mean_interval")
+
+
+class _Backward(_Gradient):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         dlower, dupper, dw = _backward_op(*inputs)
         return dlower, dupper, dw
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        refuse_second_derivative("power_mean_interval")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
