@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dplip.errors import ConfigError
-from dplip.kernels.order_statistic import order_statistic, order_statistic_weight_grad
+from dplip.kernels.order_statistic import order_statistic, order_statistic_ghost_norm, order_statistic_weight_grad
 from dplip.kernels.order_statistic_interval import order_statistic_interval
-from dplip.kernels.power_mean import power_mean, power_mean_interval, power_mean_weight_grad
+from dplip.kernels.power_mean import power_mean, power_mean_ghost_norm, power_mean_interval, power_mean_weight_grad
 from dplip.layers.base import Shapes
 from dplip.layers.distance import DistanceLayer, RowNorms
 
@@ -90,6 +90,12 @@ class LinfDistance(DistanceLayer):
         if math.isinf(self.p):
             return order_statistic_weight_grad(x, w, self._one, g)
         return self._gain() * power_mean_weight_grad(x, w, self.p, g)
+
+    def weight_grad_norm(self, x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+        """l_2 norm [B] of every example's :meth:`per_sample_weight_grad`, which is not formed."""
+        if math.isinf(self.p):
+            return order_statistic_ghost_norm(x, w, self._one, g)
+        return self._gain() * power_mean_ghost_norm(x, w, self.p, g)
 
     def refuses_certificate(self) -> str | None:
         if math.isinf(self.p) or self.power_mean:

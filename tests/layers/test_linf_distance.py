@@ -135,3 +135,14 @@ def test_views_are_read_as_they_are_and_templates_that_equal_the_input_are_finit
     y.sum().backward()
     assert y[0, 0].item() == layer.bias[0].item()
     assert bool(torch.isfinite(x.grad).all()) and bool(torch.isfinite(layer.weight.grad).all())
+
+
+@pytest.mark.parametrize("p", [2.0, 8.0, 7.5, math.inf])
+@pytest.mark.parametrize("power_mean", [False, True])
+def test_norms_of_weight_gradients_need_no_gradients(p: float, power_mean: bool) -> None:
+    layer = LinfDistance(6, 4, p=p, power_mean=power_mean).double()
+    x, g = torch.randn(7, 6).double(), torch.randn(7, 4).double()
+    w = layer.weight.detach()
+    x[0] = w[1]  # a gradient of 0
+    expected = torch.linalg.vector_norm(layer.per_sample_weight_grad(x, w, g).flatten(1), dim=1)
+    torch.testing.assert_close(layer.weight_grad_norm(x, w, g), expected)

@@ -11,11 +11,12 @@ Affine, NormalizedLinear         ``||g||_2 ||x||_2``                            
 LinfDistance at p = inf          ``||g||_2``                                          O((B + O) I log)
 SortLinear                       ``||g||_2 ||c||_2``                                  O((B + O) I log)
 OrderStatisticLinear (fixed c)   ``||(g_o ||c_o||_2)_o||_2``                          O((B + O) I log)
-convolutions, finite p           as computed, a few examples at a time                that of the gradients
+LinfDistance at finite p         that of its rows, none of them kept                  that of the forward
+convolutions                     as computed, a few examples at a time                that of the gradients
 ================================ ==================================================== ========================
 
-The middle three hold because one neuron's weight gradient is ``-g_o`` times a signed arrangement of ``c``, whose signs
-vanish only where an input equals its weight exactly. Where any does, the rule computes the gradients instead.
+Those of selections hold because one neuron's weight gradient is ``-g_o`` times a signed arrangement of ``c``, whose
+signs vanish only where an input equals its weight exactly. Where any does, the rule computes the gradients instead.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ def _affine(call: Call, x: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 
 def _selection(call: Call, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    layer = call.layer
+    if isinstance(layer, LinfDistance) and layer.p != float("inf"):
+        with torch.no_grad():
+            kind = layer.weight.dtype
+            weight = layer.weight_grad_norm(x.to(kind), layer.weight, g.to(kind))
+        return {"weight": weight.to(kind), "bias": _norm(g, call)}
     rows = _row_norms(call.layer)
     signed = getattr(call.layer, "magnitude", True)  # neurons that sort x - w itself have no sign to vanish
     if rows is None or (signed and _meet(x, call.layer.get_parameter("weight"))):
@@ -77,7 +84,7 @@ def _selection(call: Call, x: Tensor, g: Tensor) -> dict[str, Tensor]:
 def _row_norms(layer: LipschitzLayer) -> Tensor | float | None:
     """l_2 norm of every neuron's ``dy_o/dw_o`` where no sign vanishes; None where it depends on the input."""
     if isinstance(layer, LinfDistance):
-        return 1.0 if layer.p == float("inf") else None
+        return 1.0
     if isinstance(layer, SortLinear):
         return _l2(layer.order_weights.detach())
     if isinstance(layer, OrderStatisticLinear) and not layer.learned:
