@@ -2,13 +2,13 @@
 """Clip-free DP-SGD: one frozen plan drives sampling, noise and accounting."""
 
 from dplip.privacy.accumulation import virtual_batches
-from dplip.privacy.allocation import ALLOCATIONS, Tensors, allocate
+from dplip.privacy.allocation import ALLOCATIONS, Tensors, allocate, noise_weights
 from dplip.privacy.distributed import DistributedClipFreeEngine
 from dplip.privacy.engine import ClipFreeEngine, PublicSizeWarning
 from dplip.privacy.foreign import ForeignModule, clip_foreign, unclip_foreign
 from dplip.privacy.monitor import GradientToNoise, TensorSignal
 from dplip.privacy.noise import NoiseSource
-from dplip.privacy.optimizer import ClipFreeOptimizer, noise_weights
+from dplip.privacy.optimizer import ClipFreeOptimizer
 from dplip.privacy.plan import PrivacyPlan
 from dplip.privacy.quantile import AdaptiveLogitClip
 from dplip.privacy.replacements import Change, fix

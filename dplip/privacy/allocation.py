@@ -10,12 +10,14 @@ rule below satisfies that equality, so all cost the same privacy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from dplip.errors import ConfigError
 
-__all__ = ["ALLOCATIONS", "Tensors", "allocate", "check_allocation", "joint"]
+__all__ = ["ALLOCATIONS", "Tensors", "allocate", "check_allocation", "joint", "noise_weights"]
 
 
 class Tensors(NamedTuple):
@@ -115,3 +117,15 @@ def check_allocation(tensors: Mapping[str, Tensors], sigma: Mapping[str, float],
     )
     if not spent <= 1 + 1e-9:
         raise ConfigError(f"allocation: expected z^2 sum (s/sigma)^2 <= 1, got {spent:g}; raise the noise")
+
+
+def noise_weights(param_groups: Sequence[Mapping[str, Any]], trainable: Mapping[str, Tensor]) -> dict[str, float]:
+    """Squared learning rate of each tensor over the largest, at least 1e-12: what hardly moves may be noisy.
+
+    Learning rates are public configuration; a schedule must not follow private metrics.
+    """
+    rates = {id(p): float(group.get("lr", 1.0)) for group in param_groups for p in group["params"]}
+    top = max(rates.values())
+    if not 0 < top < math.inf:
+        return dict.fromkeys(trainable, 1.0)
+    return {name: max(rates.get(id(p), 0.0) / top, 1e-6) ** 2 for name, p in trainable.items()}

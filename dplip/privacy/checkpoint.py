@@ -40,7 +40,7 @@ def capture(engine: ClipFreeEngine, lr_schedulers: Iterable[Any], extra: Any) ->
         PlanError: nothing was made private yet, or a draw is half accumulated.
         CheckpointError: a state holds something else than tensors and plain data.
     """
-    optimizer = _optimizer(engine)
+    _, optimizer, _ = engine.attached("checkpoints")
     if optimizer.guard.part.index > 0 or not optimizer.guard.part.last:
         raise PlanError(
             "save_checkpoint: expected the end of a step, got a draw that is accumulated in part; "
@@ -72,7 +72,8 @@ def restore(engine: ClipFreeEngine, state: Mapping[str, Any], lr_schedulers: Ite
         CheckpointError: the file is damaged, of another format, plan, model, parameter groups or schedulers, or the
             engine has taken steps that loading would forget.
     """
-    optimizer, schedulers = _optimizer(engine), list(lr_schedulers)
+    _, optimizer, _ = engine.attached("checkpoints")
+    schedulers = list(lr_schedulers)
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise CheckpointError(
             f"load_checkpoint: expected a file of ClipFreeEngine.save_checkpoint, format {FORMAT}, got another; "
@@ -104,19 +105,18 @@ def restore(engine: ClipFreeEngine, state: Mapping[str, Any], lr_schedulers: Ite
 
 def restore_ledger(engine: ClipFreeEngine, state: dict[str, Any]) -> None:
     """Put plan-checked ledger and steps into ``engine`` and start fresh streams; see its ``load_state_dict``."""
-    if engine.plan is None or engine.optimizer is None or engine.loader is None:
-        raise PlanError("engine: expected make_private before load_state_dict, got no plan; call it first")
+    plan, optimizer, loader = engine.attached("load_state_dict")
     try:
         saved, steps, ledger = state["plan"], state["steps_taken"], state["accountant"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"engine: expected a saved engine state, got a damaged one ({error}); restart") from error
-    if not isinstance(saved, dict) or type(steps) is not int or not 0 <= steps <= engine.plan.steps:
+    if not isinstance(saved, dict) or type(steps) is not int or not 0 <= steps <= plan.steps:
         raise CheckpointError(
-            f"engine: expected a plan and 0 to {engine.plan.steps} steps taken, got {steps!r}; the checkpoint is "
+            f"engine: expected a plan and 0 to {plan.steps} steps taken, got {steps!r}; the checkpoint is "
             "damaged, restart"
         )
-    if saved != engine.plan.to_dict():
-        changed = sorted(k for k in {*saved, *engine.plan.to_dict()} if saved.get(k) != engine.plan.to_dict().get(k))
+    if saved != plan.to_dict():
+        changed = sorted(k for k in {*saved, *plan.to_dict()} if saved.get(k) != plan.to_dict().get(k))
         raise CheckpointError(
             f"engine: expected the plan of the checkpoint, got changes in {changed}; restore them or start a new run"
         )
@@ -125,26 +125,20 @@ def restore_ledger(engine: ClipFreeEngine, state: dict[str, Any]) -> None:
         fresh.load_state_dict(ledger)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"engine: expected a saved ledger, got a damaged one ({error}); restart") from error
-    if fresh.ledger != engine.plan.ledger(steps):
+    if fresh.ledger != plan.ledger(steps):
         raise CheckpointError(
             f"engine: expected a ledger of {steps} steps of the plan, got {fresh.ledger}; the checkpoint is "
             "damaged, restart"
         )
-    if steps < engine.optimizer.steps_taken:
+    if steps < optimizer.steps_taken:
         raise CheckpointError(
-            f"engine: expected a checkpoint of at least {engine.optimizer.steps_taken} steps, got {steps}; steps "
+            f"engine: expected a checkpoint of at least {optimizer.steps_taken} steps, got {steps}; steps "
             "taken since would be forgotten, load it into a new engine"
         )
     engine.accountant.load_state_dict(ledger)
-    engine.optimizer.continue_from(steps)
-    engine.optimizer.noise.continue_from(steps)
-    engine.loader.sampler.continue_from(steps)
-
-
-def _optimizer(engine: ClipFreeEngine) -> ClipFreeOptimizer:
-    if engine.optimizer is None:
-        raise PlanError("engine: expected make_private before checkpoints, got no plan; call it first")
-    return engine.optimizer
+    optimizer.continue_from(steps)
+    optimizer.noise.continue_from(steps)
+    loader.sampler.continue_from(steps)
 
 
 def _groups(optimizer: ClipFreeOptimizer) -> list[list[str]]:

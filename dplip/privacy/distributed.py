@@ -32,6 +32,7 @@ from dplip.privacy.distributed_sharded import (
 from dplip.privacy.engine import ClipFreeEngine
 from dplip.privacy.engine_settings import listed
 from dplip.privacy.foreign import ForeignModule
+from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource, derived_seed
 from dplip.privacy.optimizer import ClipFreeOptimizer
 from dplip.privacy.plan import PrivacyPlan
@@ -108,9 +109,7 @@ class DistributedClipFreeEngine(ClipFreeEngine):
         self._align(inner)
         attach = super().attach
         ranks.together("engine", lambda: attach(inner, optimizer, dataset, loss, plan, domain, collate))
-        private, loader = self.optimizer, self.loader
-        if private is None or loader is None:
-            raise PlanError("engine: expected a private optimizer and loader, got none; make another engine")
+        _, private, loader = self.attached("attach")
         if isinstance(private, ReplicatedOptimizer) and isinstance(module, DistributedDataParallel):
             private.sum_in_backward(module)
             module.train()
@@ -152,29 +151,24 @@ class DistributedClipFreeEngine(ClipFreeEngine):
         self._twin.module.train()
         return ShardedSensitivity(self._twin, domain, loss)
 
-    def _private_optimizer(
-        self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity
+    def _optimizer(
+        self, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity, guard: Guard
     ) -> DistributedOptimizer:
         sharded = isinstance(sensitivity, ShardedSensitivity)
         # Sharded noise comes from every rank; one seed for all of them would repeat it in every shard.
         seed = self.insecure_seed
         if seed is not None and sharded and self.ranks.size > 1:
             seed = derived_seed(seed, "rank", self.ranks.rank)
-        guard = self._guard(module, sensitivity)
         kind = ShardedOptimizer if sharded else ReplicatedOptimizer
-        try:
-            return kind(
-                optimizer,
-                plan=plan,
-                sensitivity=sensitivity,
-                accountant=self.accountant,
-                noise=NoiseSource(self.ranks.device, seed),
-                guard=guard,
-                ranks=self.ranks,
-            )
-        except Exception:
-            guard.remove()
-            raise
+        return kind(
+            optimizer,
+            plan=plan,
+            sensitivity=sensitivity,
+            accountant=self.accountant,
+            noise=NoiseSource(self.ranks.device, seed),
+            guard=guard,
+            ranks=self.ranks,
+        )
 
     def save_checkpoint(
         self,

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dplip.errors import PlanError, RankError
-from dplip.privacy.allocation import Tensors
+from dplip.privacy.allocation import Tensors, noise_weights
 from dplip.privacy.distributed_ranks import Ranks
-from dplip.privacy.optimizer import ClipFreeOptimizer, noise_weights
+from dplip.privacy.optimizer import ClipFreeOptimizer
 
 __all__ = ["CHECK_EVERY", "DistributedOptimizer", "ReplicatedOptimizer"]
 

@@ -178,9 +178,14 @@ class ClipFreeEngine:
         modes = [(m, m.training) for m in module.modules()]
         module.train()
         eager = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+        guard = None
         try:
-            private = self._private_optimizer(eager, optimizer, plan, self._sensitivity(eager, domain, proved))
+            sensitivity = self._sensitivity(eager, domain, proved)
+            guard = self._guard(eager, sensitivity)
+            private = self._optimizer(optimizer, plan, sensitivity, guard)
         except Exception:  # leave a refused module as it came
+            if guard is not None:
+                guard.remove()
             for part, training in modes:
                 part.training = training
             raise
@@ -201,23 +206,17 @@ class ClipFreeEngine:
             )
         return StepSensitivity(module, domain, loss)
 
-    def _private_optimizer(
-        self, module: nn.Module, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity
+    def _optimizer(
+        self, optimizer: Optimizer, plan: PrivacyPlan, sensitivity: StepSensitivity, guard: Guard
     ) -> ClipFreeOptimizer:
-        device = next(iter(sensitivity.trainable.values())).device
-        guard = self._guard(module, sensitivity)
-        try:
-            return ClipFreeOptimizer(
-                optimizer,
-                plan=plan,
-                sensitivity=sensitivity,
-                accountant=self.accountant,
-                noise=NoiseSource(device, self.insecure_seed),
-                guard=guard,
-            )
-        except Exception:
-            guard.remove()
-            raise
+        return ClipFreeOptimizer(
+            optimizer,
+            plan=plan,
+            sensitivity=sensitivity,
+            accountant=self.accountant,
+            noise=NoiseSource(next(iter(sensitivity.trainable.values())).device, self.insecure_seed),
+            guard=guard,
+        )
 
     def _guard(self, module: nn.Module, sensitivity: StepSensitivity) -> Guard:
         return Guard(
@@ -262,14 +261,19 @@ class ClipFreeEngine:
         Raises:
             PlanError: nothing was made private yet, or ``delta`` is outside (0, 1).
         """
-        if self.plan is None or self.optimizer is None:
-            raise PlanError("engine: expected make_private before get_epsilon, got no plan; call it first")
-        at = self.plan.delta if delta is None else delta
+        plan, optimizer, _ = self.attached("get_epsilon")
+        at = plan.delta if delta is None else delta
         if not 0 < at < 1:
             raise PlanError(f"engine: expected 0 < delta < 1, got {at}; fix it")
-        if self.optimizer.steps_taken == 0:
+        if optimizer.steps_taken == 0:
             return 0.0
-        return math.inf if self.plan.noise_multiplier == 0 else self.accountant.epsilon(at)
+        return math.inf if plan.noise_multiplier == 0 else self.accountant.epsilon(at)
+
+    def attached(self, call: str) -> tuple[PrivacyPlan, ClipFreeOptimizer, PrivateLoader]:
+        """Plan, optimizer and loader, which ``call`` needs; :class:`PlanError` where nothing was made private yet."""
+        if self.plan is None or self.optimizer is None or self.loader is None:
+            raise PlanError(f"engine: expected make_private before {call}, got no plan; call it first")
+        return self.plan, self.optimizer, self.loader
 
     def save_checkpoint(
         self,
@@ -320,9 +324,7 @@ class ClipFreeEngine:
         return restore(self, load_checkpoint(Path(path)), listed(lr_scheduler))
 
     def _check_own(self, module: nn.Module | None, optimizer: Optimizer | None) -> None:
-        own = self.optimizer
-        if own is None:
-            raise PlanError("engine: expected make_private before checkpoints, got no plan; call it first")
+        _, own, _ = self.attached("checkpoints")
         held = {id(p) for p in own.sensitivity.named_parameters().values()}
         if module is not None and {id(p) for p in module.parameters()} != held:
             raise PlanError("engine: expected the module of make_private, got another; one engine holds one run")
@@ -331,12 +333,11 @@ class ClipFreeEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Plan, ledger and steps taken, JSON-safe."""
-        if self.plan is None or self.optimizer is None:
-            raise PlanError("engine: expected make_private before state_dict, got no plan; call it first")
+        plan, optimizer, _ = self.attached("state_dict")
         return {
-            "plan": self.plan.to_dict(),
+            "plan": plan.to_dict(),
             "accountant": self.accountant.state_dict(),
-            "steps_taken": self.optimizer.steps_taken,
+            "steps_taken": optimizer.steps_taken,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from torch.optim import Optimizer, SparseAdam
 from accountants import Accountant
 from dplip.errors import BoundViolation, PlanError
 from dplip.layers import LipschitzLayer
-from dplip.privacy.allocation import Tensors, allocate
+from dplip.privacy.allocation import Tensors, allocate, noise_weights
 from dplip.privacy.guard import Guard
 from dplip.privacy.noise import NoiseSource
 from dplip.privacy.plan import PrivacyPlan
 from dplip.privacy.quantile import AdaptiveLogitClip
 from dplip.privacy.sensitivity import StepSensitivity
 
-__all__ = ["ClipFreeOptimizer", "noise_weights"]
+__all__ = ["ClipFreeOptimizer"]
 
 
 class ClipFreeOptimizer(Optimizer):
@@ -345,15 +345,3 @@ def _require_finite(gradients: Mapping[str, Tensor]) -> None:
                 f"step: expected a finite gradient for '{name}', got NaN or infinity; nothing was released, "
                 "check the model"
             )
-
-
-def noise_weights(param_groups: Sequence[Mapping[str, Any]], trainable: Mapping[str, Tensor]) -> dict[str, float]:
-    """Squared learning rate of each tensor over the largest, at least 1e-12: what hardly moves may be noisy.
-
-    Learning rates are public configuration; a schedule must not follow private metrics.
-    """
-    rates = {id(p): float(group.get("lr", 1.0)) for group in param_groups for p in group["params"]}
-    top = max(rates.values())
-    if not 0 < top < math.inf:
-        return dict.fromkeys(trainable, 1.0)
-    return {name: max(rates.get(id(p), 0.0) / top, 1e-6) ** 2 for name, p in trainable.items()}

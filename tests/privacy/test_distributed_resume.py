@@ -59,7 +59,7 @@ def life(rank: int, folder: Path, layout: str, number: int, kill: tuple[int, int
         optimizer.zero_grad()
         LOSS(module(x), y).backward()
         if due and moment == "before the noise leaves":
-            engine.ranks.broadcast_ = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+            engine.ranks.broadcast_ = lambda _: os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()
         if optimizer.steps_taken % EVERY == 0 or optimizer.steps_taken == STEPS:
             if due and moment == "while saving":
