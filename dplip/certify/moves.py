@@ -37,7 +37,7 @@ from dplip.errors import NoRuleError
 from dplip.layers import AveragePool2d, GroupSort, LipschitzLayer, MaxPool2d, Reshape
 from dplip.layers.base import Shapes
 
-__all__ = ["Move", "node_move", "scaled_move", "start_move"]
+__all__ = ["Move", "node_move", "scaled_move"]
 
 _UP = 1 + 1e-12
 
@@ -92,11 +92,6 @@ class Move:
         right, radius = self.ball
         l2 = _times(right.flatten(1).amax(1), radius) * _UP
         return torch.stack([self.norms[0], _least(self.norms[1], l2), _least(self.norms[2], l2)])
-
-
-def start_move(size: Tensor, norms: Tensor) -> Move:
-    """The input's move."""
-    return Move(size, norms)
 
 
 def node_move(

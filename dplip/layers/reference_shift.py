@@ -25,7 +25,7 @@ class ReferenceShift(LipschitzLayer):
 
     Args:
         layer: the inner layer.
-        reference: public input of ``layer``; never an average of private data.
+        reference: public input of ``layer``, moved to its device; never an average of private data.
 
     Raises:
         ConfigError: ``layer`` is no :class:`LipschitzLayer` or ``reference`` is not finite.
@@ -43,7 +43,8 @@ class ReferenceShift(LipschitzLayer):
         if not bool(torch.isfinite(value).all()):
             raise ConfigError("ReferenceShift: expected a finite reference, got NaN or infinity; fix it")
         self.layer = layer
-        self.register_buffer("reference", value)
+        device = next((p.device for p in layer.parameters()), value.device)
+        self.register_buffer("reference", value.to(device))
 
     def _offset(self, example: Tensor) -> Tensor:
         with torch.no_grad():

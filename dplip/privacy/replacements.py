@@ -173,9 +173,8 @@ class _Fixer:
                 continue
             if isinstance(layer, (Affine, AffineConv2d, MeanShift, ReferenceShift)):  # it has a bias for that
                 continue
-            device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-            shifted = ReferenceShift(layer).to(device).train(layer.training)
-            parent._modules[before], parent._modules[after] = shifted, nn.Identity()
+            parent._modules[before] = ReferenceShift(layer).train(layer.training)
+            parent._modules[after] = nn.Identity()
             where = f"{name}.{before}".lstrip(".")
             gone = f"{_called(layer)}, {_called(norm)}"
             self.changes.append(Change(where, gone, f"ReferenceShift({_called(layer)})", _MIXES))

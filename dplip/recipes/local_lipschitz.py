@@ -21,7 +21,7 @@ from dplip.bounds.operations import Apply, Box
 from dplip.certify.ball_box import ball_box_bound
 from dplip.certify.head import AffineHead, find_head
 from dplip.certify.masked_norm import linear_part
-from dplip.certify.moves import Move, node_move, start_move
+from dplip.certify.moves import Move, node_move
 from dplip.certify.roundoff import vector_norms
 from dplip.errors import ConfigError, DataError, NoRuleError, PlanError
 from dplip.layers import Clamp, ClippedReLU, LipschitzLayer, Monotone
@@ -188,7 +188,7 @@ class LocalLipschitzLoss(BoundedLoss):
         norms = vector_norms(size)
         if self.norm == "l2":
             norms = torch.stack([norms[0], norms[1].clamp_max(self.eps), norms[2]])
-        return start_move(size, norms)
+        return Move(size, norms)
 
     def _unsettled(self, layer: LipschitzLayer | None, box: Box) -> Tensor:
         below, above = box[0].flatten(1), box[1].flatten(1)

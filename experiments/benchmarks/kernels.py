@@ -18,12 +18,12 @@ import importlib
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import once
 from rich.console import Console
 from rich.table import Table
 from tiles import tune
@@ -135,21 +135,6 @@ def peer_runs(peer: Any, shape: tuple[int, int, int]) -> dict[str, Run]:
         "l_p 8 forward+backward": lambda: power(8.0),
         "l_p 64 forward+backward": lambda: power(64.0),
     }
-
-
-def once(run: Run, device: str) -> float:
-    """Milliseconds of one call. On a GPU, of the work alone: the queue is filled before it starts."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
 
 
 def peak(run: Run, device: str) -> float | None:

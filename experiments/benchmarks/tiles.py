@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 import torch
+from clock import once
 from rich.console import Console
 from torch import Tensor
 
@@ -88,13 +89,4 @@ def measured(kernel: str, tile: Any, b: int, i: int, o: int, rounds: int) -> flo
         return (largest_with_index if kernel.endswith("index") else largest)(x, w, one, tile=tile)
 
     run()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000)
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median(once(run, "cuda") for _ in range(rounds))

@@ -58,3 +58,8 @@ def test_references_are_finite(reference: float | torch.Tensor) -> None:
 def test_only_layers_with_bounds_are_wrapped() -> None:
     with pytest.raises(ConfigError, match="got Linear"):
         ReferenceShift(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("reference", [0.5, torch.rand(3)])
+def test_the_reference_follows_its_layer_to_another_device(reference: float | torch.Tensor) -> None:
+    assert ReferenceShift(LinfDistance(3, 2).to("meta"), reference).reference.device.type == "meta"

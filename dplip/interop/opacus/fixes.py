@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Callable
 
-import torch
 from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -63,8 +62,7 @@ def _shift_by_reference(parent: nn.Module) -> None:
     for before, name in itertools.pairwise(names):
         layer = parent._modules[before]
         if isinstance(parent._modules[name], MeanShift) and isinstance(layer, LipschitzLayer):
-            device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-            parent._modules[before] = ReferenceShift(layer).to(device).train(layer.training)
+            parent._modules[before] = ReferenceShift(layer).train(layer.training)
             parent._modules[name] = nn.Identity()
 
 
