@@ -14,10 +14,8 @@ it (:func:`phases`). There, with kernel ``K_u`` and symbol ``K(theta) = sum_u K_
   ``N`` leave ``delta <= pi / N``: their maximum over ``cos(n pi / N)`` bounds the supremum, axis by axis.
 * Each ``y = K P x`` with windows ``P``, of which at most ``v`` contain an entry: ``sigma <= sqrt(v) sigma([K_u]_u)``.
 
-``sigma`` is an SVD where a matrix has a short side, else Gram iteration; never power iteration, a lower bound. Groups
-act on disjoint channels, so a norm is the *largest* of theirs. The bound of :mod:`dplip.aol` is taken where it is
-smaller. Gram iteration on the symbol: Delattre, Barthelemy, Araujo, Allauzen, Efficient Bound of Lipschitz Constant
-for Convolutional Layers by Gram Iteration, ICML 2023.
+Singular values over a period's frequencies: :mod:`dplip.conv_symbol`. Groups act on disjoint channels, so a norm is the
+*largest* of theirs. The bound of :mod:`dplip.aol` is taken where it is smaller.
 """
 
 from __future__ import annotations
@@ -28,17 +26,13 @@ import torch
 from torch import Tensor
 
 from dplip.aol import aol_bound
+from dplip.conv_symbol import symbol_bound
 from dplip.norms import OperatorNorms
 from dplip.operator_norm import UNIT, round_up, spectral_bound, unit_scale
 
 __all__ = ["conv_norms", "conv_spectral_bound", "phases"]
 
-SVD_SIDE = 16
-"""Symbols with a side up to this get an SVD."""
-
 _FREE = 16  # period per degree of freedom where the length is unknown: cos(pi / 32)^-1 = 1.005 an axis
-_ITERATIONS = 7  # excess below rank^(1/512) - 1: 0.8 % for 64 channels
-_FFT_TERMS = 64  # roundings of one transformed entry, relative to the sum of magnitudes
 
 Pair = tuple[int, int]
 
@@ -123,49 +117,7 @@ def conv_spectral_bound(
         period[axis] = min(free, known)
         if known > free or size is None:
             loss *= math.cos((u - 1) / 2 * math.pi / free)
-    symbol = _symbol_bound(kernel, period[0], period[1]) / loss * (1 + 16 * UNIT)
+    symbol = symbol_bound(kernel, (period[0], period[1])) / loss * (1 + 16 * UNIT)
     flat = kernel.permute(0, 1, 3, 4, 2).flatten(2)
     windows = math.sqrt(math.prod(taps) if overlap is None else min(overlap, math.prod(taps))) * (1 + 4 * UNIT)
     return min(symbol, windows * max(spectral_bound(group) for group in flat), aol_bound(kernel)) * power
-
-
-def _symbol_bound(kernel: Tensor, rows: int, columns: int) -> float:
-    """``max sigma(K(theta))`` over the frequencies of periods ``rows`` and ``columns``; ``kernel`` [G, O, I, U, V]."""
-    # A real kernel's symbol at -theta is the conjugate of that at theta: half of one axis is enough.
-    magnitude = torch.linalg.matrix_norm(kernel.abs().sum((3, 4)))  # [G], of the matrix of sums of magnitudes
-    error = float(magnitude.amax()) * _FFT_TERMS * (1 + math.log2(columns) + kernel.shape[3]) * UNIT
-    best = 0.0
-    taps = torch.arange(kernel.shape[3], dtype=torch.float64, device=kernel.device)
-    for row in range(rows // 2 + 1):
-        turn = torch.exp(-2j * math.pi * row / rows * taps)
-        along = (kernel * turn[:, None]).sum(3)  # [G, O, I, V]
-        symbol = torch.fft.fft(along, n=columns, dim=3).permute(0, 3, 1, 2).flatten(0, 1)
-        best = max(best, _largest_sigma(symbol))
-    return best + error
-
-
-def _largest_sigma(matrices: Tensor) -> float:
-    """Upper bound on the largest singular value of a batch of complex matrices [N, O, I]."""
-    if min(matrices.shape[1:]) <= SVD_SIDE:
-        gram = _gram(matrices)
-        largest = float(torch.linalg.eigvalsh(gram)[:, -1].amax()) if gram.shape[1] > 1 else float(gram.real.amax())
-        # Forming a Gram matrix and its eigenvalues errs by multiples of u times its trace.
-        slack = 64 * sum(matrices.shape[1:]) * UNIT * float(gram.diagonal(dim1=1, dim2=2).real.sum(1).amax())
-        return math.sqrt(max(0.0, largest) + slack) * (1 + 4 * UNIT)
-    gram, log_scale = _gram(matrices), torch.zeros(len(matrices), dtype=torch.float64, device=matrices.device)
-    for t in range(_ITERATIONS + 1):
-        norm = torch.linalg.matrix_norm(gram)
-        log_scale = log_scale + norm.log()
-        if t < _ITERATIONS:
-            gram = gram / norm.clamp_min(1e-300)[:, None, None]
-            gram = gram @ gram
-            log_scale = 2 * log_scale
-    side, other = sorted(matrices.shape[1:])
-    slack = 1 + 32 * (other + _ITERATIONS + 8) * math.sqrt(side) * UNIT * (_ITERATIONS + 1)
-    return math.exp(float(log_scale.amax()) / 2 ** (_ITERATIONS + 1)) * slack
-
-
-def _gram(matrices: Tensor) -> Tensor:
-    """``A A*`` or ``A* A``, whichever is smaller."""
-    adjoint = matrices.mH
-    return matrices @ adjoint if matrices.shape[1] <= matrices.shape[2] else adjoint @ matrices

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dplip import conv_norm
+from dplip import conv_symbol
 from dplip.conv_norm import conv_norms, conv_spectral_bound, phases
 from dplip.norms import OperatorNorms
 
@@ -79,11 +79,11 @@ def test_never_below_the_explicit_matrix(geometry: dict, kernel: tuple[int, int]
 
 
 @pytest.mark.parametrize("side", [0, 16])
-def test_gram_iteration_and_svd_agree(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gram_iteration_and_eigenvalues_agree(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     w = torch.randn(20, 18, 3, 3, dtype=torch.float64)
     true = exact(matrix(w, (6, 6), {"groups": 1, "padding": (1, 1)}))["two_two"]
-    monkeypatch.setattr(conv_norm, "SVD_SIDE", 20 if side else 0)
+    monkeypatch.setattr(conv_symbol, "EIGEN_SIDE", 20 if side else 0)
     bound = conv_spectral_bound(w, padding=(1, 1), size=(6, 6))
     assert true <= bound <= 1.1 * true
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 BASE = {"dplip.errors", "dplip.norms"}
-MATRICES = {"dplip.aol", "dplip.conv_norm", "dplip.operator_norm"}
+MATRICES = {"dplip.aol", "dplip.conv_norm", "dplip.conv_symbol", "dplip.operator_norm"}
 UP_TO_LAYERS = BASE | MATRICES | {"dplip.kernels", "dplip.layers"}
 PROOFS = {"accountants", "dplip.audit", "dplip.bounds", "dplip.certify", "dplip.losses", "dplip.privacy"}
 PARTS = {"dplip.checkpoint", "dplip.config", "dplip.data", "dplip.features", "dplip.models", "dplip.plots"}
@@ -25,7 +25,8 @@ BELOW = {  # package or module -> what it may import, itself aside
     "dplip.norms": {"dplip.errors"},
     "dplip.operator_norm": BASE,
     "dplip.aol": BASE | {"dplip.operator_norm"},
-    "dplip.conv_norm": BASE | {"dplip.aol", "dplip.operator_norm"},
+    "dplip.conv_symbol": BASE | {"dplip.operator_norm"},
+    "dplip.conv_norm": BASE | {"dplip.aol", "dplip.conv_symbol", "dplip.operator_norm"},
     "dplip.kernels": {"dplip.errors"},
     "dplip.layers": BASE | MATRICES | {"dplip.kernels"},
     "dplip.features": UP_TO_LAYERS,

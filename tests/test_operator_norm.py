@@ -91,6 +91,15 @@ def test_factorisation_certifies_an_upper_bound(
     assert true * (1 - 1e-15) <= bound <= true * (1 + 1.1e-3), name
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (256, 300), (640, 512)], ids=str)
+def test_sides_that_are_padded(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator_norm, "EIGEN_LIMIT", 100)
+    torch.manual_seed(0)
+    for w in (torch.randn(shape), torch.nn.init.orthogonal_(torch.empty(shape)), torch.ones(shape)):
+        true = float(torch.linalg.svdvals(w.double())[0])
+        assert true * (1 - 1e-15) <= spectral_bound(w) <= true * (1 + 1.1e-3)
+
+
 @pytest.mark.parametrize("start", [1e-9, 0.5, 0.999, 1.0])
 def test_a_low_proposal_costs_tightness_not_truth(start: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """However far below the norm the search begins, the factorisation lets nothing below it through."""

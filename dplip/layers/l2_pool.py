@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dplip.errors import ConfigError
 from dplip.layers.base import LipschitzLayer, Shapes
@@ -53,19 +52,15 @@ class L2Pool2d(LipschitzLayer):
         self.window = Window(pair(kernel_size), pair(kernel_size if stride is None else stride), pair(padding))
         self.eps = float(eps)
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """Entries of every window and the root of eps: [B, C, k + 1, S]."""
+    def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4:
             raise ValueError(f"L2Pool2d: expected x [B, C, H, W], got {tuple(x.shape)}")
-        columns = self.window.unfold(x).unflatten(1, (x.shape[1], -1))
-        return F.pad(columns, (0, 0, 0, 1), value=math.sqrt(self.eps))
-
-    def forward(self, x: Tensor) -> Tensor:
-        columns = self._windows(x)
-        largest = columns.detach().abs().amax(2, keepdim=True)
-        ratio = columns / torch.where(largest > 0, largest, 1)
-        y = largest.squeeze(2) * torch.linalg.vector_norm(ratio, dim=2)
-        return y.unflatten(2, self.window.positions((x.shape[2], x.shape[3])))
+        entries, root = self.window.entries(x), math.sqrt(self.eps)
+        largest = entries.detach().abs().amax(0).clamp_min(root)
+        lit = largest > 0  # a dark window has no ratios; a constant root has gradient 0
+        scale = torch.where(lit, largest, 1)
+        squares = (entries / scale).square().sum(0) + (root / scale).square()
+        return largest * torch.where(lit, squares, 1).sqrt()
 
     def operator_norms(self, shapes: Shapes) -> OperatorNorms:
         size = (shapes.input[1], shapes.input[2])

@@ -82,6 +82,16 @@ class Window:
         """Zero-padded windows of ``x`` [B, C, H, W] as columns: [B, C kh kw, S], channels first, row-major windows."""
         return F.unfold(x, self.kernel, dilation=self.dilation, padding=self.padding, stride=self.stride)
 
+    def entries(self, x: Tensor) -> Tensor:
+        """The same windows tap by tap: [kh kw, B, C, H', W'], row-major taps, so that a reduction over them is fast."""
+        rows, columns = self.positions((x.shape[2], x.shape[3]))
+        (down, right), (sh, sw), (eh, ew) = self.padding, self.stride, self.dilation
+        if down or right:
+            x = F.pad(x, (right, right, down, down))
+        ends = (rows - 1) * sh + 1, (columns - 1) * sw + 1
+        starts = [(i * eh, j * ew) for i in range(self.kernel[0]) for j in range(self.kernel[1])]
+        return torch.stack([x[:, :, i : i + ends[0] : sh, j : j + ends[1] : sw] for i, j in starts])
+
     def __str__(self) -> str:
         shown = [f"kernel={self.kernel}", f"stride={self.stride}"]
         shown += [f"padding={self.padding}"] * (self.padding != (0, 0))

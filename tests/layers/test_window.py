@@ -37,6 +37,15 @@ def test_counts_are_those_of_the_unfolded_image(window: Window, size: tuple[int,
         assert window.overlap(size) <= math.prod(ceilings)
 
 
+@pytest.mark.parametrize(("window", "size"), CASES, ids=str)
+def test_entries_are_the_unfolded_image(window: Window, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *size)
+    entries = window.entries(x)
+    assert entries.shape[3:] == window.positions(size)
+    assert torch.equal(entries.flatten(3), window.unfold(x).unflatten(1, (3, -1)).permute(2, 0, 1, 3))
+
+
 def test_borders_lower_the_overlap() -> None:
     assert Window((3, 3), padding=(1, 1)).overlap((28, 28)) == 9
     assert Window((3, 3)).overlap((4, 4)) == 4  # two windows an axis
