@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The largest singular value of a convolution's symbol over the frequencies of a period, in float64, rounded up.
+r"""The largest singular value of a convolution's symbol over the frequencies of a period, rounded up.
 
-A kernel ``K_u`` has the symbol ``K(theta) = sum_u K_u exp(i <u, theta>)``, a matrix for every frequency. Its ``sigma``
-comes from eigenvalues where the matrix has a short side, else from Gram iteration: after ``t`` squarings the Frobenius
-norm of ``(K* K)^(2^t)`` has ``sigma^(2^(t+1))`` within a factor of the root of the side (Delattre, Barthelemy, Araujo,
-Allauzen, Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram Iteration, ICML 2023, theorem 2.1). So
-two squarings tell most frequencies from the largest, and those are dropped. Never power iteration, a lower bound.
+A kernel ``K_u`` has the symbol ``K(theta) = sum_u K_u exp(i <u, theta>)``, a matrix for every frequency. After ``t``
+squarings of its Gram matrix the Frobenius norm has ``sigma^(2^(t+1))`` within a factor of the root of the side, from
+above (Delattre, Barthelemy, Araujo, Allauzen, Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram
+Iteration, ICML 2023, theorem 2.1). A few squarings in float32, with their rounding added, order the frequencies;
+float64 looks at the most promising first, by eigenvalues where the matrix has a short side, else by more squarings,
+until no other frequency can exceed what was found. Never power iteration, a lower bound.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ __all__ = ["symbol_bound"]
 EIGEN_SIDE = 16
 """Symbols with a side up to this get eigenvalues."""
 
+_SINGLE_UNIT = 2.0**-24
+_SINGLE_SQUARINGS = 3
 _SQUARINGS = 7  # excess below rank^(1/512) - 1: 0.8 % for 64 channels
-_BEFORE_EIGENVALUES = 2  # of them, to single out the matrices worth it: G^4 knows sigma within 1.2 for 16 channels
-_CHUNK = 1 << 17  # entries of symbols at a time: they stay in a cache
-_BLOCK = 8  # matrices whose eigenvalues are computed before the next are looked at again
-_MARGIN = 1e-9  # of lower bounds, in a logarithm: more than the rounding of any upper bound
+_CHUNK = 1 << 16  # entries of symbols at a time: they stay in a cache
+_BLOCK = 8  # frequencies that float64 looks at before the rest are compared with what it found
 
 
 def symbol_bound(kernel: Tensor, period: tuple[int, int]) -> float:
@@ -37,19 +38,28 @@ def symbol_bound(kernel: Tensor, period: tuple[int, int]) -> float:
             and 1 (:func:`dplip.operator_norm.unit_scale`), so that squares of what matters do not underflow, or 0.
         period: number of frequencies along each axis.
     """
-    shape, size = kernel.shape[3:], kernel[..., 0, 0].numel()
-    taps = kernel.permute(3, 4, 0, 1, 2).reshape(-1, size).to(torch.complex128)  # [U V, G O I]
+    groups, o, i, *shape = kernel.shape
+    taps = kernel.permute(3, 4, 0, 1, 2).reshape(-1, groups * o * i).to(torch.complex128)  # [U V, G O I]
     down, along = (_turns(n, t).to(kernel.device) for n, t in zip(period, shape, strict=True))
     # A real kernel's symbol at -theta is the conjugate of that at theta: half of one axis is enough.
-    turns = (down[: period[0] // 2 + 1, None, :, None] * along[:, None]).flatten(2).flatten(0, 1)
-    most = least = -math.inf
-    for part in turns.split(max(1, _CHUNK // max(len(taps), size))):
-        upper, least = _log_sigma((part @ taps).view(-1, *kernel.shape[1:3]), least)
-        most = max(most, upper)
-    magnitude = torch.linalg.matrix_norm(kernel.abs().sum((3, 4)))  # [G], of the matrix of sums of magnitudes
-    # A turn errs by 40 u, a complex sum of n terms by 4 n u.
-    error = float(magnitude.amax()) * (4 * math.prod(shape) + 64) * UNIT
-    return math.exp(most) * (1 + 16 * UNIT) + error
+    turns = (down[: period[0] // 2 + 1, None, :, None] * along[:, None]).flatten(2).flatten(0, 1)  # [N, U V]
+    # A turn errs by 40 u, a complex sum of n terms by 4 n u, relative to the matrix of sums of magnitudes.
+    magnitude = float(torch.linalg.matrix_norm(kernel.abs().sum((3, 4))).amax())
+    error = magnitude * (4 * math.prod(shape) + 64)
+
+    chunk, found = max(1, _CHUNK // max(taps.shape)), 0.0
+    if min(o, i) == 1:  # a norm is as cheap as a guess
+        rough, blocks = None, torch.arange(len(turns), device=turns.device).split(chunk)
+    else:
+        single = taps.to(torch.complex64)
+        parts = ((part.to(single.dtype) @ single).view(-1, o, i) for part in turns.split(chunk))
+        rough = torch.cat([_gram_iteration(part, _SINGLE_SQUARINGS) for part in parts]).view(-1, groups).amax(1)
+        blocks = rough.argsort(descending=True).split(_BLOCK)
+    for block in blocks:
+        if rough is not None and float(rough[block[0]]) + error * _SINGLE_UNIT <= found:
+            break
+        found = max(found, _largest_sigma((turns[block] @ taps).view(-1, o, i)))
+    return found + error * UNIT
 
 
 def _turns(period: int, taps: int) -> Tensor:
@@ -59,47 +69,38 @@ def _turns(period: int, taps: int) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def _log_sigma(matrices: Tensor, least: float) -> tuple[float, float]:
-    """Logarithm of an upper bound on the largest singular value of complex matrices [N, O, I] where it is at least
-    ``least``, the logarithm of a lower bound on that of these or other matrices; and the new ``least``.
-    """
+def _largest_sigma(matrices: Tensor) -> float:
+    """Upper bound on the largest singular value of complex matrices [N, O, I] in float64."""
     side, other = sorted(matrices.shape[1:])
-    adjoint = matrices.mH
-    grams = power = matrices @ adjoint if matrices.shape[1] == side else adjoint @ matrices
-    if side == 1:
-        upper = math.log(max(float(grams.real.amax()), 1e-300)) / 2 + 4 * (other + 4) * UNIT
-        return upper, max(least, upper - _MARGIN)
-    slack = 32 * (other + _SQUARINGS + 8) * math.sqrt(side) * UNIT * (_SQUARINGS + 1)
-    upper, log_scale = -math.inf, torch.zeros(len(grams), dtype=torch.float64, device=grams.device)
-    for t in range(_SQUARINGS + 1):
+    if side > EIGEN_SIDE:
+        return float(_gram_iteration(matrices, _SQUARINGS).amax())
+    grams = _grams(matrices)
+    largest = float(torch.linalg.eigvalsh(grams)[:, -1].amax()) if side > 1 else float(grams.real.amax())
+    # Forming a Gram matrix and its eigenvalues errs by multiples of u times its trace.
+    slack = 64 * (side + other) * UNIT * float(grams.diagonal(dim1=1, dim2=2).real.sum(1).amax())
+    return math.sqrt(max(0.0, largest) + slack) * (1 + 4 * UNIT)
+
+
+def _gram_iteration(matrices: Tensor, squarings: int) -> Tensor:
+    """Upper bounds [N] on the largest singular values of complex matrices [N, O, I], in float64 for float32 too."""
+    side, other = sorted(matrices.shape[1:])
+    unit = _SINGLE_UNIT if matrices.dtype == torch.complex64 else UNIT
+    power, log_scale = _grams(matrices), torch.zeros((), dtype=torch.float64)
+    for t in range(squarings + 1):
         parts = torch.view_as_real(power)  # norms and multiples of complex numbers are many times slower
         norm = torch.linalg.vector_norm(parts.flatten(1), dim=1)
-        log_scale = 2 * log_scale + norm.log()
-        bounds = log_scale / 2 ** (t + 1) + slack
-        upper = float(bounds.amax())
-        least = max(least, upper - math.log(side) / 2 ** (t + 2) - 2 * slack - _MARGIN)
-        kept = bounds >= least
-        if not bool(kept.any()):
-            break
-        if t == _BEFORE_EIGENVALUES and side <= EIGEN_SIDE:
-            return _by_eigenvalues(grams[kept], bounds[kept], other, least)
-        if t < _SQUARINGS:
-            if not bool(kept.all()):
-                grams, parts, norm, log_scale = grams[kept], parts[kept], norm[kept], log_scale[kept]
-            power = torch.view_as_complex(parts * norm.clamp_min(1e-300).reciprocal()[:, None, None, None])
-            power = power @ power
-    return upper, least
+        log_scale = 2 * log_scale + norm.double().log()
+        if t < squarings:
+            tiny = torch.finfo(norm.dtype).tiny
+            shrunk = torch.view_as_complex(parts * norm.clamp_min(tiny).reciprocal()[:, None, None, None])
+            power = shrunk @ shrunk
+    # A product errs by 4 n u of its factors' norms, themselves at most the root of the side times its own norm. The
+    # Gram matrix does so once, and each squaring half as much as the one before. A norm adds n^2 terms.
+    slack = (4 * math.sqrt(side) * (other + 2 * side + 16) + side * side) * unit
+    return (log_scale / 2 ** (squarings + 1)).exp() * (1 + slack)
 
 
-def _by_eigenvalues(grams: Tensor, bounds: Tensor, other: int, least: float) -> tuple[float, float]:
-    """The same from the eigenvalues of Gram matrices, the most promising first, while they can be the largest."""
-    # Forming a Gram matrix and its eigenvalues errs by multiples of u times its trace.
-    slack = 64 * (grams.shape[1] + other) * UNIT * float(grams.diagonal(dim1=1, dim2=2).real.sum(1).amax())
-    upper = -math.inf
-    for block in bounds.argsort(descending=True).split(_BLOCK):
-        if float(bounds[block[0]]) < least:
-            break
-        largest = max(0.0, float(torch.linalg.eigvalsh(grams[block])[:, -1].amax()))
-        upper = max(upper, math.log(max(largest + slack, 1e-300)) / 2 + 4 * UNIT)
-        least = max(least, math.log(max(largest - slack, 1e-300)) / 2 - _MARGIN)
-    return upper, least
+def _grams(matrices: Tensor) -> Tensor:
+    """``A A*`` or ``A* A``, whichever is smaller."""
+    adjoint = matrices.mH
+    return matrices @ adjoint if matrices.shape[1] <= matrices.shape[2] else adjoint @ matrices

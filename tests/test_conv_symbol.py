@@ -39,6 +39,7 @@ def kernels(groups: int, o: int, i: int) -> dict[str, Tensor]:
         "flat": flat,
         "unlike groups": unlike,
         "zero": torch.zeros(shape).double(),
+        "wide range": torch.rand(shape).double() * 10 ** (-40 * torch.rand(shape).double()),
         "one entry": torch.nn.functional.pad(torch.ones(groups, 1, 1, 1, 1), (2, 0, 1, 1, i - 1, 0, 0, o - 1)).double(),
     }
 
@@ -58,12 +59,40 @@ def test_never_below_the_largest_and_close(
 
 
 @pytest.mark.parametrize("side", [3, 20])
-def test_almost_equal_frequencies(side: int) -> None:
-    """What separates the largest from the others is near the rounding of the bounds that drop the others."""
+@pytest.mark.parametrize("shape", [(1.0, 0.0), (-1.0, 0.0), (1.0, -1.0), (-1.0, -1.0)], ids=str)
+def test_almost_equal_frequencies(shape: tuple[float, float], side: int) -> None:
+    """What separates the largest from the others is below, near or above the rounding of float32; it lies anywhere."""
     torch.manual_seed(0)
-    for gap in (1e-15, 1e-12, 1e-9, 1e-6, 1e-3):
-        kernel = torch.zeros(1, side, side, 1, 3, dtype=torch.float64)
-        kernel[0, :, :, 0, 1] = torch.nn.init.orthogonal_(torch.empty(side, side, dtype=torch.float64))
-        kernel[0, 0, 0, 0, 2] = gap
-        true = exact(kernel, (1, 24))
-        assert true * (1 - 1e-14) <= symbol_bound(kernel, (1, 24)) <= 1.01 * true
+    q = torch.nn.init.orthogonal_(torch.empty(side, side, dtype=torch.float64))
+    q[:, 1:] *= 0.1  # one singular value stands out, so the bounds of float32 are as sharp as they get
+    for gap in (1e-15, 1e-12, 1e-9, 1e-7, 1e-5, 1e-3, 1e-2):
+        factors = torch.tensor([gap * shape[1], gap * shape[0], 1.0], dtype=torch.float64)
+        kernel = q[None, :, :, None, None] * factors
+        true, tight = exact(kernel, (1, 64)), 1e-10 if side <= conv_symbol.EIGEN_SIDE else 0.01
+        assert true * (1 - 1e-14) <= symbol_bound(kernel, (1, 64)) <= true * (1 + tight)
+
+
+def test_a_frequency_that_float32_cannot_see() -> None:
+    """Where magnitudes cancel, float32 ranks by its own rounding: the largest may come last, and is found."""
+    torch.manual_seed(0)
+    kernel = torch.zeros(1, 6, 6, 1, 9, dtype=torch.float64)
+    kernel[0, :, :, 0, ::2] = torch.randn(6, 6, 1).double().clamp(-1, 1)
+    kernel[0, :, :, 0, 1::2] = -kernel[0, :, :, 0, :1] * (1 + 1e-6 * torch.rand(6, 6, 4).double())
+    for period in ((1, 9), (1, 16), (1, 64)):
+        true = exact(kernel, period)
+        assert true * (1 - 1e-14) <= symbol_bound(kernel, period) <= true * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_pass_never_ranks_a_frequency_below_its_value(seed: int) -> None:
+    """The bounds of float32, widened as the search widens them, hold for every matrix."""
+    torch.manual_seed(seed)
+    side, other = int(torch.randint(2, 40, ())), int(torch.randint(40, 200, ()))
+    spread = torch.logspace(0, -float(torch.randint(0, 8, ())), side, dtype=torch.float64)
+    wide = torch.randn(12, side, other, dtype=torch.complex128) * spread[:, None]
+    true = torch.linalg.svdvals(wide)[:, 0]
+    for matrices in (wide, wide.mT):
+        single = conv_symbol._gram_iteration(matrices.to(torch.complex64), conv_symbol._SINGLE_SQUARINGS)
+        rounded = torch.linalg.svdvals(matrices.to(torch.complex64).to(torch.complex128))[:, 0]
+        assert bool((single >= rounded).all())
+        assert bool((conv_symbol._gram_iteration(matrices, conv_symbol._SQUARINGS) >= true * (1 - 1e-14)).all())
