@@ -58,10 +58,11 @@ def node_shapes(node: Node, shapes: dict[str, tuple[int, ...]]) -> list[Shapes]:
 
 
 def _norms_of(value: Tensor) -> Norms:
-    v = value.detach().double().flatten()
-    if not bool(torch.isfinite(v).all()):
-        return Norms(v.numel())
-    return Norms(v.numel(), *(float(torch.linalg.vector_norm(v, p)) for p in (1, 2, math.inf)))
+    size = value.detach().double().flatten().abs()
+    total = float(size.sum())
+    if not math.isfinite(total):  # NaN, infinity, or beyond what a float holds
+        return Norms(size.numel())
+    return Norms(size.numel(), total, float(torch.linalg.vector_norm(size)), float(size.amax()))
 
 
 @torch.no_grad()
