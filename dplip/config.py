@@ -64,7 +64,9 @@ class PrivacyConfig:
     """``[privacy]``: the public numbers of :class:`dplip.privacy.PrivacyPlan`.
 
     ``batch_size`` is the expected one, so ``sampling_prob = batch_size / population``. Give ``epsilon`` (noise is
-    calibrated to it) or ``noise_multiplier`` (0 trains without privacy), and ``steps`` or ``epochs``.
+    calibrated to it) or ``noise_multiplier`` (0 trains without privacy), and ``steps`` or ``epochs``. The noise is
+    multiplied by ``noise_gamma`` every ``noise_every`` steps (:class:`dplip.privacy.ExponentialNoise`) or at each of
+    ``noise_milestones`` (:class:`dplip.privacy.StepNoise`).
     """
 
     population: int
@@ -79,6 +81,9 @@ class PrivacyConfig:
     allocation: str = "minimum_energy"
     sampling: str = "poisson"
     max_batch_size: int | None = None
+    noise_gamma: float | None = None
+    noise_every: int | None = None
+    noise_milestones: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,7 @@ def _typed(hint: Any, value: Any, where: str, label: str) -> Any:
 def _check(config: RunConfig, where: str) -> None:
     """Ranges that no other constructor checks."""
     o, p, c = config.optimizer, config.privacy, config.certify
+    moves = (p.noise_every, p.noise_milestones)
     rules = [
         (o.kind in ("sgd", "adam"), "optimizer.kind", "'sgd' or 'adam'", o.kind),
         (o.lr > 0, "optimizer.lr", "a number > 0", o.lr),
@@ -247,6 +253,12 @@ def _check(config: RunConfig, where: str) -> None:
             "privacy",
             "either epsilon or noise_multiplier",
             (p.epsilon, p.noise_multiplier),
+        ),
+        (
+            sum(v is not None for v in moves) == (p.noise_gamma is not None),
+            "privacy",
+            "noise_gamma with either noise_every or noise_milestones, or none of them",
+            (p.noise_gamma, *moves),
         ),
         (min([*c.linf, *c.l2], default=0) >= 0, "certify", "radii >= 0", (c.linf, c.l2)),
         (c.method in _METHODS, "certify.method", f"one of {', '.join(_METHODS)}", c.method),

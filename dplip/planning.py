@@ -17,7 +17,7 @@ __all__ = ["PlanTable", "plan_table"]
 
 @dataclass(frozen=True)
 class PlanTable:
-    """The plan with per-tensor bounds, noise and signal-to-noise at the initial weights.
+    """The plan with per-tensor bounds, noise and signal-to-noise at the initial weights, in the first step.
 
     ``signal_to_noise`` is the largest possible norm of the summed gradient, expected batch size times bound, over the
     expected norm of the noise, sigma sqrt(dim): an upper limit, reached when all examples agree.
@@ -49,7 +49,7 @@ class PlanTable:
         p = self.plan
         lines = [
             f"epsilon {self.epsilon:.6f} at delta {p.delta:g} ({p.neighbors}, accountant {p.accountant})",
-            f"noise multiplier {p.noise_multiplier:.6f}, {p.sampling} sampling q = {p.sampling_prob:.6g}, "
+            f"noise multiplier {p.noise_multiplier:.6f}{_moves(p)}, {p.sampling} sampling q = {p.sampling_prob:.6g}, "
             f"{p.steps} steps, expected batch {p.expected_batch_size:g}, allocation {p.allocation}, "
             f"logit clipping {self.logit_clipping}",
             f"joint sensitivity {self.total:.6g} (rounding slack {self.numerical_slack:.2g} included)",
@@ -60,6 +60,14 @@ class PlanTable:
         for name, t in self.tensors.items():
             lines.append(f"| {name} | {t['dim']} | {t['bound']:.6g} | {t['sigma']:.6g} | {t['signal_to_noise']:.3g} |")
         return "\n".join(lines)
+
+
+def _moves(plan: PrivacyPlan) -> str:
+    """How a schedule moves the noise, for people."""
+    if plan.noise_schedule is None:
+        return ""
+    first, last = plan.noise_schedule[0][0], plan.noise_schedule[-1][0]
+    return f" times {first:g} to {last:g} over the run"
 
 
 def plan_table(config: RunConfig) -> PlanTable:
@@ -73,7 +81,7 @@ def plan_table(config: RunConfig) -> PlanTable:
     sensitivity = StepSensitivity(model.train(), make_domain(config, described), loss)
     weights = noise_weights(make_optimizer(config.optimizer, model).param_groups, sensitivity.trainable)
     bounds = {name: t._replace(weight=weights[name]) for name, t in sensitivity.tensors().items()}
-    sigma = allocate(plan.allocation, bounds, plan.noise_multiplier)
+    sigma = allocate(plan.allocation, bounds, plan.multiplier(0))
     rows = {}
     for name, t in bounds.items():
         noise = sigma[name] * math.sqrt(t.dim)

@@ -20,7 +20,14 @@ from dplip.data import Dataset, Schema
 from dplip.layers import LinearSpline
 from dplip.losses import BoundedLoss, CrossEntropy, LogitGradientClip, MulticlassMargin
 from dplip.models import build
-from dplip.privacy import ClipFreeEngine, ClipFreeOptimizer, PrivacyPlan, PrivateLoader
+from dplip.privacy import (
+    ClipFreeEngine,
+    ClipFreeOptimizer,
+    ExponentialNoise,
+    PrivacyPlan,
+    PrivateLoader,
+    StepNoise,
+)
 
 __all__ = [
     "Session",
@@ -48,10 +55,19 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
         "allocation": config.allocation,
         "sampling": config.sampling,
         "max_batch_size": config.max_batch_size,
+        "noise_schedule": _noise_schedule(config),
     }
     if config.epsilon is not None:
         return PrivacyPlan.calibrated(target_epsilon=config.epsilon, **settings)
     return PrivacyPlan(noise_multiplier=config.noise_multiplier, **settings)
+
+
+def _noise_schedule(config: PrivacyConfig) -> ExponentialNoise | StepNoise | None:
+    if config.noise_gamma is None:
+        return None
+    if config.noise_milestones is not None:
+        return StepNoise(config.noise_gamma, tuple(config.noise_milestones))
+    return ExponentialNoise(config.noise_gamma, config.noise_every or 0)
 
 
 def make_loss(config: LossConfig) -> BoundedLoss:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dplip.auditing import audit_run
 from dplip.config import OptimizerConfig, parse_config
 from dplip.data import Dataset, Split, load, schema
-from dplip.errors import CheckpointError, ConfigError
+from dplip.errors import CheckpointError, ConfigError, PlanError
+from dplip.planning import plan_table
 from dplip.report import Report
 from dplip.session import learning_rate_factor, prepare
 from dplip.trainer import certify_run, load_model, train
@@ -188,6 +189,41 @@ def test_without_noise_nothing_is_claimed(tmp_path, digits):
 
 
 PRIVACY = {"population": 1437, "batch_size": 360, "delta": 1e-4, "steps": 60}
+
+
+@pytest.mark.parametrize(
+    ("keys", "table"),
+    [
+        ({"noise_gamma": 0.5, "noise_every": 20}, [[1.0, 20], [0.5, 4]]),
+        ({"noise_gamma": 0.5, "noise_milestones": [8, 16]}, [[1.0, 8], [0.5, 8], [0.25, 8]]),
+    ],
+)
+def test_noise_schedules_are_planned_accounted_and_resumed(tmp_path, digits, keys, table):
+    config = make_config(**{f"privacy__{k}": v for k, v in keys.items()})
+    plan, constant = prepare(config, digits).plan, prepare(make_config(), digits).plan
+    assert plan.to_dict()["noise_schedule"] == table and plan.epsilon() > constant.epsilon()
+    assert parse_config(config.to_dict()) == config
+    assert f"times 1 to {table[-1][0]:g} over the run" in plan_table(config).to_markdown()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, digits, tmp_path / "run", [Recorder(tmp_path / "run", stop_after=10)])
+    with pytest.raises(CheckpointError, match="changes in"):
+        train(make_config(), digits, tmp_path / "run", resume=True)
+    report = train(config, digits, tmp_path / "run", resume=True)
+    assert report.privacy["epsilon"] == plan.epsilon() and report.privacy["plan"]["noise_schedule"] == table
+    assert "times the plan's noise schedule" in report.to_markdown()
+
+
+def test_noise_is_calibrated_for_its_schedule(digits):
+    privacy = {k: v for k, v in PRIVACY.items() if k != "noise_multiplier"} | {"epsilon": 2.0}
+    moving = prepare(make_config(privacy=privacy | {"noise_gamma": 0.9, "noise_every": 10}), digits).plan
+    constant = prepare(make_config(privacy=privacy), digits).plan
+    assert moving.epsilon() <= 2.0 and moving.noise_multiplier > constant.noise_multiplier
+
+
+@pytest.mark.parametrize("keys", [{"noise_every": 0}, {"noise_milestones": [5, 5]}, {"noise_milestones": [0]}])
+def test_schedules_that_make_no_sense(digits, keys):
+    with pytest.raises(PlanError, match="noise schedule"):
+        prepare(make_config(**{f"privacy__{k}": v for k, v in ({"noise_gamma": 0.9} | keys).items()}), digits)
 
 
 def test_logit_clipping_is_reported(tmp_path, digits):
