@@ -33,6 +33,7 @@ EIGEN_LIMIT = 256
 CHOLESKY_LIMIT = 8192
 """Shorter sides up to this are certified by a factorisation."""
 _BLOCK = 1 << 16
+_COLUMNS = 256
 UNIT = 2.0**-53
 """Unit roundoff of float64."""
 
@@ -100,47 +101,31 @@ def spectral_bound(weight: Tensor) -> float:
     modest multiple of ``u`` times the trace (LAPACK Users' Guide, section 4.7), 1e-9 above the truth or closer. Beyond,
     :func:`_certified_bound`. ``inf`` where an entry is not finite.
     """
-    if weight.numel() == 0:
-        return 0.0
-    w, power = unit_scale(weight)
-    if power == 0 or math.isinf(power):
-        return power
-    side = min(w.shape)
-    if side == 1:
-        return round_up(float(torch.linalg.vector_norm(w)), w.numel()) * power
+    side, largest = min(weight.shape), _largest(weight)
+    if not 0 < largest < math.inf:
+        return 0.0 if largest == 0 else math.inf
     if side > CHOLESKY_LIMIT:
         return gram_bound(weight)
+    # No square of a float32 leaves the range of float64.
+    w, power = unit_scale(weight) if side <= EIGEN_LIMIT or weight.dtype == torch.float64 else (weight.detach(), 1.0)
     w = w if w.shape[0] == side else w.T
-    gram = _lower_gram(w)
-    trace = float(gram.diagonal().sum())
-    slack = 64 * sum(w.shape) * UNIT * trace  # also covers gamma_n trace, the rounding of the Gram matrix itself
+    if side == 1:
+        return round_up(float(torch.linalg.vector_norm(w)), w.numel()) * power
     if side <= EIGEN_LIMIT:
-        squared: float | None = max(0.0, float(torch.linalg.eigvalsh(gram)[-1])) + slack
+        gram = w @ w.T
+        squared: float | None = max(0.0, float(torch.linalg.eigvalsh(gram)[-1])) + _gram_error(gram, w)
     else:
-        del w  # its place is needed for the factor
-        squared = _certified_bound(gram, (spectral_estimate(weight) / power) ** 2, slack)
+        squared = _certified_bound(w, (spectral_estimate(weight) / power) ** 2)
     return gram_bound(weight) if squared is None else math.sqrt(squared) * (1 + 4 * UNIT) * power
 
 
-def _lower_gram(w: Tensor) -> Tensor:
-    """``W W^T``, but for large sides arbitrary above the diagonal blocks, where nobody reads.
-
-    Sides whose rows would fall on the same lines of a cache get eight rows and columns of zeros, which change no bound.
-    """
-    n = w.shape[0]
-    if n <= EIGEN_LIMIT:
-        return w @ w.T
-    side = n + 8 * (n % 128 == 0)
-    gram = w.new_empty(side, side)
-    gram[n:] = 0
-    for start in range(0, n, EIGEN_LIMIT):
-        stop = min(n, start + EIGEN_LIMIT)
-        torch.mm(w[start:stop], w[:stop].T, out=gram[start:stop, :stop])
-    return gram
+def _gram_error(gram: Tensor, w: Tensor) -> float:
+    """Bounds the rounding of a Gram matrix and of its eigenvalues, by a multiple of ``u`` times its trace."""
+    return 64 * sum(w.shape) * UNIT * abs(float(gram.diagonal().sum()))
 
 
-def _certified_bound(gram: Tensor, about: float, slack: float) -> float | None:
-    """Upper bound on the largest eigenvalue of a positive semidefinite matrix; reads its lower half, overwrites it.
+def _certified_bound(w: Tensor, about: float) -> float | None:
+    """Upper bound on the largest eigenvalue of ``G = W W^T``.
 
     If the floating-point Cholesky factorisation of ``t I - G`` runs to its end, then ``lambda_min(t I - G) >= -gamma
     trace`` with ``gamma = gamma_{n+1} / (1 - gamma_{n+1})``, hence ``lambda_max(G) <= t + gamma trace(t I - G)``:
@@ -148,21 +133,38 @@ def _certified_bound(gram: Tensor, about: float, slack: float) -> float | None:
     and Stability of Numerical Algorithms, theorem 10.3.
 
     Args:
-        gram: [n, n].
+        w: [n, m], whose squares neither over- nor underflow in float64.
         about: where to look; decides how tight the bound is, not whether it holds.
-        slack: covers how far ``gram`` is from what it stands for.
 
     Returns:
         None where no proposal passes.
     """
-    n, diagonal = gram.shape[0], gram.diagonal().neg()
-    shifted = gram.neg_()
     for excess in (2e-3, 8e-3, 0.05, 0.5, 2.0):
-        level = about * (1 + excess)
-        torch.add(diagonal, level, out=shifted.diagonal())
-        if int(torch.linalg.cholesky_ex(shifted)[1]) == 0:
+        shifted, level = _minus_gram(w), about * (1 + excess)
+        n, slack = len(shifted), _gram_error(shifted, w)
+        shifted.diagonal().add_(level)
+        upper = shifted.T  # LAPACK's order of entries, in which it needs no second matrix
+        place = (upper, torch.empty((), dtype=torch.int32)) if w.device.type == "cpu" else None
+        if int(torch.linalg.cholesky_ex(upper, upper=True, out=place)[1]) == 0:
             return level + slack + 8 * (n + 2) * UNIT * n * level  # the trace is at most n level
     return None
+
+
+def _minus_gram(w: Tensor) -> Tensor:
+    """``-W W^T`` in float64, arbitrary above the diagonal blocks, where nobody reads.
+
+    Sides whose rows would fall on the same lines of a cache get eight rows and columns of zeros, which change no bound.
+    """
+    n = len(w)
+    side = n + 8 * (n % 128 == 0)
+    gram = torch.empty(side, side, dtype=torch.float64, device=w.device)
+    gram[n:] = 0
+    for first in range(0, w.shape[1], _COLUMNS):  # never all of W in float64
+        part = w[:, first : first + _COLUMNS].double()
+        for start in range(0, n, EIGEN_LIMIT):
+            stop = min(n, start + EIGEN_LIMIT)
+            gram[start:stop, :stop].addmm_(part[start:stop], part[:stop].T, beta=float(first > 0), alpha=-1)
+    return gram
 
 
 def spectral_estimate(weight: Tensor) -> float:
