@@ -172,7 +172,7 @@ def spectral_estimate(weight: Tensor) -> float:
     if min(weight.shape) <= EIGEN_LIMIT:
         return spectral_bound(weight)
     w = weight.detach() if weight.shape[0] <= weight.shape[1] else weight.detach().T
-    if 2.0**-30 < _largest(w) < 2.0**30:  # no square over- or underflows, in float32 either
+    if 2.0**-30 < _largest(weight) < 2.0**30:  # no square over- or underflows, in float32 either
         return math.sqrt(_lanczos(w))
     w, power = unit_scale(w)
     return power if power == 0 or math.isinf(power) else math.sqrt(_lanczos(w)) * power
