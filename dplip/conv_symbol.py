@@ -4,9 +4,9 @@ r"""The largest singular value of a convolution's symbol over the frequencies of
 A kernel ``K_u`` has the symbol ``K(theta) = sum_u K_u exp(i <u, theta>)``, a matrix for every frequency. After ``t``
 squarings of its Gram matrix the Frobenius norm has ``sigma^(2^(t+1))`` within a factor of the root of the side, from
 above (Delattre, Barthelemy, Araujo, Allauzen, Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram
-Iteration, ICML 2023, theorem 2.1). A few squarings in float32, with their rounding added, order the frequencies;
-float64 looks at the most promising first, by eigenvalues where the matrix has a short side, else by more squarings,
-until no other frequency can exceed what was found. Never power iteration, a lower bound.
+Iteration, ICML 2023, theorem 2.1). A few squarings, in float32 where that is enough, rank the frequencies by bounds
+that include the rounding; float64 looks at the most promising first, by eigenvalues where the matrix has a short side,
+else by more squarings, until no other frequency can exceed what was found. Never power iteration, a lower bound.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import math
 import torch
 from torch import Tensor
 
-from dplip.operator_norm import UNIT
+from dplip.operator_norm import UNIT, gram_iteration_error
 
 __all__ = ["symbol_bound"]
 
 EIGEN_SIDE = 16
 """Symbols with a side up to this get eigenvalues."""
 
-_SINGLE_UNIT = 2.0**-24
-_SINGLE_SQUARINGS = 3
+_ROUGH_SQUARINGS = 3
+_ROUGH_ERROR = 2.5e-3  # more rounding than this, and float32 would tell too few frequencies apart
 _SQUARINGS = 7  # excess below rank^(1/512) - 1: 0.8 % for 64 channels
 _CHUNK = 1 << 16  # entries of symbols at a time: they stay in a cache
 _BLOCK = 8  # frequencies that float64 looks at before the rest are compared with what it found
@@ -51,15 +51,30 @@ def symbol_bound(kernel: Tensor, period: tuple[int, int]) -> float:
     if min(o, i) == 1:  # a norm is as cheap as a guess
         rough, blocks = None, torch.arange(len(turns), device=turns.device).split(chunk)
     else:
-        single = taps.to(torch.complex64)
-        parts = ((part.to(single.dtype) @ single).view(-1, o, i) for part in turns.split(chunk))
-        rough = torch.cat([_gram_iteration(part, _SINGLE_SQUARINGS) for part in parts]).view(-1, groups).amax(1)
+        kind = _rough_dtype(kernel)
+        quick = taps.to(kind)
+        parts = ((part.to(kind) @ quick).view(-1, o, i) for part in turns.split(chunk))
+        rough = torch.cat([_gram_iteration(part, _ROUGH_SQUARINGS) for part in parts]).view(-1, groups).amax(1)
+        rough += error * _unit(kind)
         blocks = rough.argsort(descending=True).split(_BLOCK)
     for block in blocks:
-        if rough is not None and float(rough[block[0]]) + error * _SINGLE_UNIT <= found:
+        if rough is not None and float(rough[block[0]]) <= found:
             break
         found = max(found, _largest_sigma((turns[block] @ taps).view(-1, o, i)))
     return found + error * UNIT
+
+
+def _rough_dtype(kernel: Tensor) -> torch.dtype:
+    """What ranks frequencies: float32 where its rounding is small, and known, which TF32 on a GPU would make it not."""
+    side, other = sorted(kernel.shape[1:3])
+    known = kernel.device.type == "cpu"
+    precise = gram_iteration_error(side, other, _unit(torch.complex64)) <= _ROUGH_ERROR
+    return torch.complex64 if known and precise else torch.complex128
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """Unit roundoff."""
+    return 2.0**-24 if dtype == torch.complex64 else UNIT
 
 
 def _turns(period: int, taps: int) -> Tensor:
@@ -84,7 +99,6 @@ def _largest_sigma(matrices: Tensor) -> float:
 def _gram_iteration(matrices: Tensor, squarings: int) -> Tensor:
     """Upper bounds [N] on the largest singular values of complex matrices [N, O, I], in float64 for float32 too."""
     side, other = sorted(matrices.shape[1:])
-    unit = _SINGLE_UNIT if matrices.dtype == torch.complex64 else UNIT
     power, log_scale = _grams(matrices), torch.zeros((), dtype=torch.float64)
     for t in range(squarings + 1):
         parts = torch.view_as_real(power)  # norms and multiples of complex numbers are many times slower
@@ -94,9 +108,7 @@ def _gram_iteration(matrices: Tensor, squarings: int) -> Tensor:
             tiny = torch.finfo(norm.dtype).tiny
             shrunk = torch.view_as_complex(parts * norm.clamp_min(tiny).reciprocal()[:, None, None, None])
             power = shrunk @ shrunk
-    # A product errs by 4 n u of its factors' norms, themselves at most the root of the side times its own norm. The
-    # Gram matrix does so once, and each squaring half as much as the one before. A norm adds n^2 terms.
-    slack = (4 * math.sqrt(side) * (other + 2 * side + 16) + side * side) * unit
+    slack = gram_iteration_error(side, other, _unit(matrices.dtype))
     return (log_scale / 2 ** (squarings + 1)).exp() * (1 + slack)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "EIGEN_LIMIT",
     "UNIT",
     "gram_bound",
+    "gram_iteration_error",
     "matrix_norms",
     "round_up",
     "spectral_bound",
@@ -89,9 +90,21 @@ def gram_bound(weight: Tensor, iterations: int = 10) -> float:
         gram = gram / norm
         gram = gram @ gram
         log_scale *= 2
-    # Each product of n x n matrices with Frobenius norm <= 1 errs by at most n u; the 2^t-th root divides it again.
-    slack = 1 + 8 * (max(w.shape) + iterations + 8) * math.sqrt(min(w.shape)) * UNIT * (iterations + 1)
-    return math.exp(log_scale / 2 ** (iterations + 1)) * slack * power
+    slack = gram_iteration_error(min(w.shape), max(w.shape))
+    return math.exp(log_scale / 2 ** (iterations + 1)) * (1 + slack) * power
+
+
+def gram_iteration_error(side: int, other: int, unit: float = UNIT) -> float:
+    """Relative rounding error of a bound by Gram iteration, however many squarings, for matrices [side, other].
+
+    A computed product of two matrices over ``n`` terms errs by at most ``sqrt(2) (n + 2) u`` times the product of their
+    Frobenius norms (complex entries; Higham, section 3.6), which is at most ``side`` times that of the spectral norms.
+    So does the Gram matrix with ``n = other``; each squaring, ``n = side``, does so once for the product and twice
+    because its factor is Hermitian only up to the error before, and counts half as much as the one before it. In the
+    root of what is iterated all that is at most ``side (other + 3 side + 10) u``, doubled here for terms of higher order
+    and for the norms.
+    """
+    return 2 * side * (other + 3 * side + 16) * unit
 
 
 def spectral_bound(weight: Tensor) -> float:
