@@ -101,8 +101,8 @@ def gram_iteration_error(side: int, other: int, unit: float = UNIT) -> float:
     Frobenius norms (complex entries; Higham, section 3.6), which is at most ``side`` times that of the spectral norms.
     So does the Gram matrix with ``n = other``; each squaring, ``n = side``, does so once for the product and twice
     because its factor is Hermitian only up to the error before, and counts half as much as the one before it. In the
-    root of what is iterated all that is at most ``side (other + 3 side + 10) u``, doubled here for terms of higher order
-    and for the norms.
+    root of what is iterated all that is at most ``side (other + 3 side + 10) u``, doubled here for terms of higher
+    order and for the norms.
     """
     return 2 * side * (other + 3 * side + 16) * unit
 
