@@ -4,9 +4,10 @@ r"""The largest singular value of a convolution's symbol over the frequencies of
 A kernel ``K_u`` has the symbol ``K(theta) = sum_u K_u exp(i <u, theta>)``, a matrix for every frequency. After ``t``
 squarings of its Gram matrix the Frobenius norm has ``sigma^(2^(t+1))`` within a factor of the root of the side, from
 above (Delattre, Barthelemy, Araujo, Allauzen, Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram
-Iteration, ICML 2023, theorem 2.1). A few squarings, in float32 where that is enough, rank the frequencies by bounds
-that include the rounding; float64 looks at the most promising first, by eigenvalues where the matrix has a short side,
-else by more squarings, until no other frequency can exceed what was found. Never power iteration, a lower bound.
+Iteration, ICML 2023, theorem 2.1). Where float32 is enough, a few squarings in it rank the frequencies by bounds that
+include the rounding, and float64 looks at the most promising first, until no other can exceed what was found: by
+eigenvalues where the matrix has a short side, else by more squarings, in which what cannot exceed it is dropped. Never
+power iteration, a lower bound.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ __all__ = ["symbol_bound"]
 EIGEN_SIDE = 16
 """Symbols with a side up to this get eigenvalues."""
 
+_SINGLE_UNIT = 2.0**-24
 _ROUGH_SQUARINGS = 3
 _ROUGH_ERROR = 2.5e-3  # more rounding than this, and float32 would tell too few frequencies apart
 _SQUARINGS = 7  # excess below rank^(1/512) - 1: 0.8 % for 64 channels
 _CHUNK = 1 << 16  # entries of symbols at a time: they stay in a cache
+_SPREAD = 16  # distance of the frequencies that are looked at first where float32 has not ranked them
 _BLOCK = 8  # frequencies that float64 looks at before the rest are compared with what it found
 
 
@@ -48,33 +51,28 @@ def symbol_bound(kernel: Tensor, period: tuple[int, int]) -> float:
     error = magnitude * (4 * math.prod(shape) + 64)
 
     chunk, found = max(1, _CHUNK // max(taps.shape)), 0.0
-    if min(o, i) == 1:  # a norm is as cheap as a guess
-        rough, blocks = None, torch.arange(len(turns), device=turns.device).split(chunk)
-    else:
-        kind = _rough_dtype(kernel)
-        quick = taps.to(kind)
-        parts = ((part.to(kind) @ quick).view(-1, o, i) for part in turns.split(chunk))
+    rough = turns.new_full((len(turns),), math.inf).real
+    if _ranks_in_float32(kernel):
+        quick = taps.to(torch.complex64)
+        parts = ((part.to(quick.dtype) @ quick).view(-1, o, i) for part in turns.split(chunk))
         rough = torch.cat([_gram_iteration(part, _ROUGH_SQUARINGS) for part in parts]).view(-1, groups).amax(1)
-        rough += error * _unit(kind)
+        rough += error * _SINGLE_UNIT
         blocks = rough.argsort(descending=True).split(_BLOCK)
+    else:  # the first few lie all over the period
+        number = torch.arange(len(turns), device=turns.device)
+        blocks = torch.cat([number[k::_SPREAD] for k in range(_SPREAD)]).split(chunk)
     for block in blocks:
-        if rough is not None and float(rough[block[0]]) <= found:
+        if float(rough[block[0]]) <= found:
             break
-        found = max(found, _largest_sigma((turns[block] @ taps).view(-1, o, i)))
+        found = max(found, _largest_sigma((turns[block] @ taps).view(-1, o, i), found))
     return found + error * UNIT
 
 
-def _rough_dtype(kernel: Tensor) -> torch.dtype:
-    """What ranks frequencies: float32 where its rounding is small, and known, which TF32 on a GPU would make it not."""
+def _ranks_in_float32(kernel: Tensor) -> bool:
+    """Where a first pass in float32 pays: its rounding is known, which TF32 on a GPU would make it not, and small."""
     side, other = sorted(kernel.shape[1:3])
-    known = kernel.device.type == "cpu"
-    precise = gram_iteration_error(side, other, _unit(torch.complex64)) <= _ROUGH_ERROR
-    return torch.complex64 if known and precise else torch.complex128
-
-
-def _unit(dtype: torch.dtype) -> float:
-    """Unit roundoff."""
-    return 2.0**-24 if dtype == torch.complex64 else UNIT
+    precise = gram_iteration_error(side, other, _SINGLE_UNIT) <= _ROUGH_ERROR
+    return side > 1 and precise and kernel.device.type == "cpu"
 
 
 def _turns(period: int, taps: int) -> Tensor:
@@ -84,11 +82,11 @@ def _turns(period: int, taps: int) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def _largest_sigma(matrices: Tensor) -> float:
-    """Upper bound on the largest singular value of complex matrices [N, O, I] in float64."""
+def _largest_sigma(matrices: Tensor, found: float) -> float:
+    """Upper bound on the largest singular value of complex matrices [N, O, I] in float64 where it exceeds ``found``."""
     side, other = sorted(matrices.shape[1:])
     if side > EIGEN_SIDE:
-        return float(_gram_iteration(matrices, _SQUARINGS).amax())
+        return float(_gram_iteration(matrices, _SQUARINGS, found).amax())
     grams = _grams(matrices)
     largest = float(torch.linalg.eigvalsh(grams)[:, -1].amax()) if side > 1 else float(grams.real.amax())
     # Forming a Gram matrix and its eigenvalues errs by multiples of u times its trace.
@@ -96,20 +94,27 @@ def _largest_sigma(matrices: Tensor) -> float:
     return math.sqrt(max(0.0, largest) + slack) * (1 + 4 * UNIT)
 
 
-def _gram_iteration(matrices: Tensor, squarings: int) -> Tensor:
-    """Upper bounds [N] on the largest singular values of complex matrices [N, O, I], in float64 for float32 too."""
+def _gram_iteration(matrices: Tensor, squarings: int, found: float = 0.0) -> Tensor:
+    """Upper bounds [N] on the largest singular values of complex matrices [N, O, I], sharp where above ``found``."""
     side, other = sorted(matrices.shape[1:])
-    power, log_scale = _grams(matrices), torch.zeros((), dtype=torch.float64)
+    unit = _SINGLE_UNIT if matrices.dtype == torch.complex64 else UNIT
+    slack = gram_iteration_error(side, other, unit)
+    power, log_scale = _grams(matrices), torch.zeros(len(matrices), dtype=torch.float64, device=matrices.device)
+    bounds, left = torch.empty_like(log_scale), torch.arange(len(matrices), device=matrices.device)
     for t in range(squarings + 1):
         parts = torch.view_as_real(power)  # norms and multiples of complex numbers are many times slower
         norm = torch.linalg.vector_norm(parts.flatten(1), dim=1)
         log_scale = 2 * log_scale + norm.double().log()
-        if t < squarings:
-            tiny = torch.finfo(norm.dtype).tiny
-            shrunk = torch.view_as_complex(parts * norm.clamp_min(tiny).reciprocal()[:, None, None, None])
-            power = shrunk @ shrunk
-    slack = gram_iteration_error(side, other, _unit(matrices.dtype))
-    return (log_scale / 2 ** (squarings + 1)).exp() * (1 + slack)
+        bounds[left] = now = (log_scale / 2 ** (t + 1)).exp() * (1 + slack)
+        kept = now > found
+        if t == squarings or not bool(kept.any()):
+            break
+        if not bool(kept.all()):
+            left, parts, norm, log_scale = left[kept], parts[kept], norm[kept], log_scale[kept]
+        inverse = norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()
+        shrunk = torch.view_as_complex(parts * inverse[:, None, None, None])
+        power = shrunk @ shrunk
+    return bounds
 
 
 def _grams(matrices: Tensor) -> Tensor:
