@@ -75,9 +75,9 @@ def test_almost_equal_frequencies(
     q[:, 1:] *= 0.1  # one singular value stands out, so the bounds of float32 are as sharp as they get
     for gap in (1e-15, 1e-12, 1e-9, 1e-7, 1e-5, 1e-3, 1e-2):
         factors = torch.tensor([gap * shape[1], gap * shape[0], 1.0], dtype=torch.float64)
-        kernel = q[None, :, :, None, None] * factors
-        true, tight = exact(kernel, (1, 64)), 1e-10 if side <= conv_symbol.EIGEN_SIDE else 0.01
-        assert true * (1 - 1e-14) <= symbol_bound(kernel, (1, 64)) <= true * (1 + tight)
+        kernel = q[None, :, :, None, None] * factors[:, None]
+        true, tight = exact(kernel, (64, 1)), 1e-10 if side <= conv_symbol.EIGEN_SIDE else 0.01
+        assert true * (1 - 1e-14) <= symbol_bound(kernel, (64, 1)) <= true * (1 + tight)
 
 
 def test_a_frequency_that_float32_cannot_see() -> None:
