@@ -44,27 +44,29 @@ def symbol_bound(kernel: Tensor, period: tuple[int, int]) -> float:
     groups, o, i, *shape = kernel.shape
     taps = kernel.permute(3, 4, 0, 1, 2).reshape(-1, groups * o * i).to(torch.complex128)  # [U V, G O I]
     down, along = (_turns(n, t).to(kernel.device) for n, t in zip(period, shape, strict=True))
-    # A real kernel's symbol at -theta is the conjugate of that at theta: half of one axis is enough.
-    turns = (down[: period[0] // 2 + 1, None, :, None] * along[:, None]).flatten(2).flatten(0, 1)  # [N, U V]
+
+    def symbols(at: Tensor, taps: Tensor = taps) -> Tensor:
+        turns = down[at // period[1], :, None] * along[at % period[1], None]  # [N, U, V]
+        return (turns.flatten(1).to(taps.dtype) @ taps).view(-1, o, i)
+
     # A turn errs by 40 u, a complex sum of n terms by 4 n u, relative to the matrix of sums of magnitudes.
     magnitude = float(torch.linalg.matrix_norm(kernel.abs().sum((3, 4))).amax())
     error = magnitude * (4 * math.prod(shape) + 64)
-
+    # A real kernel's symbol at -theta is the conjugate of that at theta: half of one axis is enough.
+    every = torch.arange((period[0] // 2 + 1) * period[1], device=kernel.device)
     chunk, found = max(1, _CHUNK // max(taps.shape)), 0.0
-    rough = turns.new_full((len(turns),), math.inf).real
+    rough = kernel.new_full(every.shape, math.inf)
     if _ranks_in_float32(kernel):
-        quick = taps.to(torch.complex64)
-        parts = ((part.to(quick.dtype) @ quick).view(-1, o, i) for part in turns.split(chunk))
-        rough = torch.cat([_gram_iteration(part, _ROUGH_SQUARINGS) for part in parts]).view(-1, groups).amax(1)
-        rough += error * _SINGLE_UNIT
+        single = taps.to(torch.complex64)
+        first = [_gram_iteration(symbols(at, single), _ROUGH_SQUARINGS) for at in every.split(chunk)]
+        rough = torch.cat(first).view(-1, groups).amax(1) + error * _SINGLE_UNIT
         blocks = rough.argsort(descending=True).split(_BLOCK)
     else:  # the first few lie all over the period
-        number = torch.arange(len(turns), device=turns.device)
-        blocks = torch.cat([number[k::_SPREAD] for k in range(_SPREAD)]).split(chunk)
-    for block in blocks:
-        if float(rough[block[0]]) <= found:
+        blocks = torch.cat([every[k::_SPREAD] for k in range(_SPREAD)]).split(chunk)
+    for at in blocks:
+        if float(rough[at[0]]) <= found:
             break
-        found = max(found, _largest_sigma((turns[block] @ taps).view(-1, o, i), found))
+        found = max(found, _largest_sigma(symbols(at), found))
     return found + error * UNIT
 
 
