@@ -28,7 +28,7 @@ _SINGLE_UNIT = 2.0**-24
 _ROUGH_SQUARINGS = 3
 _ROUGH_ERROR = 2.5e-3  # more rounding than this, and float32 would tell too few frequencies apart
 _SQUARINGS = 7  # excess below rank^(1/512) - 1: 0.8 % for 64 channels
-_CHUNK = 1 << 16  # entries of symbols at a time: they stay in a cache
+_CHUNK = 1 << 17  # entries of symbols at a time: they stay in a cache
 _SPREAD = 16  # distance of the frequencies that are looked at first where float32 has not ranked them
 _BLOCK = 8  # frequencies that float64 looks at before the rest are compared with what it found
 
@@ -107,12 +107,13 @@ def _gram_iteration(matrices: Tensor, squarings: int, found: float = 0.0) -> Ten
         parts = torch.view_as_real(power)  # norms and multiples of complex numbers are many times slower
         norm = torch.linalg.vector_norm(parts.flatten(1), dim=1)
         log_scale = 2 * log_scale + norm.double().log()
-        bounds[left] = now = (log_scale / 2 ** (t + 1)).exp() * (1 + slack)
-        kept = now > found
-        if t == squarings or not bool(kept.any()):
-            break
-        if not bool(kept.all()):
-            left, parts, norm, log_scale = left[kept], parts[kept], norm[kept], log_scale[kept]
+        if t == squarings or found > 0:
+            bounds[left] = now = (log_scale / 2 ** (t + 1)).exp() * (1 + slack)
+            kept = now > found
+            if t == squarings or not bool(kept.any()):
+                break
+            if not bool(kept.all()):
+                left, parts, norm, log_scale = left[kept], parts[kept], norm[kept], log_scale[kept]
         inverse = norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()
         shrunk = torch.view_as_complex(parts * inverse[:, None, None, None])
         power = shrunk @ shrunk
