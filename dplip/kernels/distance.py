@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "check_operands", "gather_signs", "row_blocks", "tiles", "wide"]
+__all__ = ["blocks", "check_box", "check_operands", "gather_differences", "row_blocks", "tiles", "wide"]
 
 _BLOCK_ELEMENTS = 1 << 22  # 16 MiB of float32: stays near the last-level cache of a small CPU
 _TILE_ELEMENTS = 1 << 18  # of each thread: 1 MiB of float32 stays in a core's own cache
@@ -24,6 +24,16 @@ def check_operands(operator: str, x: Tensor, w: Tensor) -> None:
         raise ValueError(f"{operator}: expected one floating dtype, got x {x.dtype} and w {w.dtype}")
     if x.device != w.device:
         raise ValueError(f"{operator}: expected one device, got x on {x.device} and w on {w.device}")
+
+
+def check_box(operator: str, lower: Tensor, upper: Tensor, w: Tensor) -> None:
+    """Raise ``ValueError`` unless ``lower`` and ``upper`` have one shape, and both are operands next to ``w``."""
+    check_operands(operator, lower, w)
+    check_operands(operator, upper, w)
+    if lower.shape != upper.shape:
+        raise ValueError(
+            f"{operator}: expected one shape, got lower {tuple(lower.shape)} and upper {tuple(upper.shape)}"
+        )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -52,12 +62,7 @@ def tiles(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, torch.sub(x[rows, None, :], w, out=buffer[: rows.stop - rows.start])
 
 
-def gather_signs(x: Tensor, w: Tensor, index: Tensor) -> Tensor:
-    """``sign(x[b, i] - w[o, i])`` at ``i = index[b, o, k]``: [B, O, K].
-
-    Zero where ``x`` and ``w`` meet, which is a subgradient of ``|x - w|`` there.
-    """
-    b, o, k = index.shape
-    at_x = x.gather(1, index.reshape(b, o * k)).reshape(b, o, k)
-    rows = torch.arange(o, device=w.device)[None, :, None]
-    return (at_x - w[rows, index]).sign_()
+def gather_differences(x: Tensor, w: Tensor, index: Tensor) -> Tensor:
+    """``x[b, i] - w[o, i]`` at ``i = index[b, o, k]``: [B, O, K]."""
+    rows = torch.arange(len(w), device=w.device)[None, :, None]
+    return x.gather(1, index.flatten(1)).reshape(index.shape) - w[rows, index]

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fold", "gradient_of", "sample_by_sample", "unfold"]
+__all__ = ["fold", "gradient_of", "sample_by_sample", "unfold", "unfold_needed"]
 
 
 def fold(v: Tensor, dim: int | None, n: int, axis: int = 0) -> Tensor:
@@ -21,6 +21,14 @@ def fold(v: Tensor, dim: int | None, n: int, axis: int = 0) -> Tensor:
 def unfold(v: Tensor, n: int, axis: int = 0) -> Tensor:
     """The inverse of :func:`fold`: the mapped axis back, at ``axis``."""
     return v.unflatten(axis, (n, v.shape[axis] // n if n else 0))
+
+
+def unfold_needed(
+    grads: Sequence[Tensor], need: Sequence[bool], n: int
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """What ``vmap`` returns for folded gradients, of which those that are not needed are empty and not mapped."""
+    mapped = tuple(unfold(g, n) if wanted else g for g, wanted in zip(grads, need, strict=True))
+    return mapped, tuple(0 if wanted else None for wanted in need)
 
 
 def sample_by_sample(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dplip.kernels.dispatch import register, register_triton, select
-from dplip.kernels.distance import blocks, check_operands, gather_signs, row_blocks, tiles, wide
+from dplip.kernels.distance import blocks, check_operands, gather_differences, row_blocks, tiles, wide
 from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold
 from dplip.kernels.largest import largest, largest_reference
 
@@ -61,8 +61,8 @@ def _forward(x: Tensor, w: Tensor, c: Tensor, with_index: bool, fast: bool) -> t
 
 
 def _signed(x: Tensor, w: Tensor, c: Tensor, index: Tensor, dy: Tensor) -> Tensor:
-    """``dy_bo`` times the entries of the row of the Jacobian in x: [B, O, K]."""
-    return gather_signs(x, w, index).to(c.dtype) * c * dy.unsqueeze(-1)
+    """``dy_bo`` times the entries of the row of the Jacobian in x: [B, O, K]; where x and w meet, the subgradient 0."""
+    return gather_differences(x, w, index).sign_().to(c.dtype) * c * dy.unsqueeze(-1)
 
 
 @register("order_statistic_backward", "reference")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dplip.errors import UnsoundCertificate
 from dplip.kernels.dispatch import register, register_triton, select
-from dplip.kernels.distance import blocks, check_operands, row_blocks, tiles, wide
-from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold
+from dplip.kernels.distance import blocks, check_box, gather_differences, row_blocks, tiles, wide
+from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold, unfold_needed
 from dplip.kernels.largest import largest, largest_reference
 from dplip.kernels.order_statistic import check_weights
 
@@ -80,7 +80,7 @@ def _backward_reference(
     for rows in row_blocks(len(lower), len(w) * len(c), _SCATTER_ELEMENTS):
         for index, dy, is_high in ((low_index, dlow, False), (high_index, dhigh, True)):
             at = index[rows].long()
-            below, above = _at(lower[rows], w, at), _at(upper[rows], w, at)
+            below, above = (gather_differences(v[rows], w, at) for v in (lower, upper))
             by_upper = above.abs() > below.abs() if is_high else above < 0
             sign = torch.where(by_upper, above, below).sign_() if is_high else below.gt(0).to(c) - by_upper.to(c)
             s = sign.to(c) * c * dy[rows].unsqueeze(-1)
@@ -91,12 +91,6 @@ def _backward_reference(
             if need_w:
                 dw.scatter_add_(1, at.transpose(0, 1).flatten(1), s.neg().transpose(0, 1).flatten(1))
     return dlower, dupper, dw
-
-
-def _at(x: Tensor, w: Tensor, index: Tensor) -> Tensor:
-    """``x[b, i] - w[o, i]`` at ``i = index[b, o, k]``."""
-    rows = torch.arange(len(w), device=w.device)[None, :, None]
-    return x.gather(1, index.flatten(1)).view(index.shape) - w[rows, index]
 
 
 register_triton("order_statistic_interval", "order_statistic", "order_statistic_interval")
@@ -222,8 +216,7 @@ class _Backward(_Gradient):
             return sample_by_sample(_Backward.apply, n, in_dims, inputs)
         folded = [v if i in (2, 3) else fold(v, in_dims[i], n) for i, v in enumerate(inputs[:8])]
         grads = _Backward.apply(*folded, *need)
-        mapped = [(unfold(g, n), 0) if wanted else (g, None) for g, wanted in zip(grads, need, strict=True)]
-        return tuple(g for g, _ in mapped), tuple(d for _, d in mapped)
+        return unfold_needed(grads, need, n)
 
 
 def order_statistic_interval(lower: Tensor, upper: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,13 +236,7 @@ def order_statistic_interval(lower: Tensor, upper: Tensor, w: Tensor, c: Tensor)
                 f"order_statistic_interval: expected bounds in float32 or float64, got {v.dtype}, whose rounding no "
                 "bound covers; compute bounds outside autocast"
             )
-    check_operands("order_statistic_interval", lower, w)
-    check_operands("order_statistic_interval", upper, w)
-    if lower.shape != upper.shape:
-        raise ValueError(
-            f"order_statistic_interval: expected one shape, got lower {tuple(lower.shape)} and upper "
-            f"{tuple(upper.shape)}"
-        )
+    check_box("order_statistic_interval", lower, upper, w)
     c = check_weights("order_statistic_interval", w, c)
     with_index = torch.is_grad_enabled() and any(v.requires_grad for v in (lower, upper, w))
     low, high = _Interval.apply(lower, upper, w, c, with_index)[:2]

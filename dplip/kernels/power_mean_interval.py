@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dplip.kernels.dispatch import register, register_triton, select
-from dplip.kernels.distance import blocks, check_operands, tiles, wide
-from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold
+from dplip.kernels.distance import blocks, check_box, tiles, wide
+from dplip.kernels.folding import fold, gradient_of, sample_by_sample, unfold, unfold_needed
 from dplip.kernels.power_mean_blocked import relative_mean
 from dplip.kernels.powers import check_exponent, mean_power, row_power
 
@@ -180,8 +180,7 @@ class _Backward(_Gradient):
             return sample_by_sample(_Backward.apply, n, in_dims, inputs)
         folded = [v if i == 2 else fold(v, in_dims[i], n) for i, v in enumerate(inputs[:7])]
         grads = _Backward.apply(*folded, *inputs[7:])
-        mapped = [(unfold(g, n), 0) if wanted else (g, None) for g, wanted in zip(grads, need, strict=True)]
-        return tuple(g for g, _ in mapped), tuple(d for _, d in mapped)
+        return unfold_needed(grads, need, n)
 
 
 def power_mean_interval(lower: Tensor, upper: Tensor, w: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -194,12 +193,7 @@ def power_mean_interval(lower: Tensor, upper: Tensor, w: Tensor, p: float) -> tu
         ValueError: operands do not fit, or ``p`` is below 2 or not finite.
         NotImplementedError: a second derivative is asked for.
     """
-    check_operands("power_mean_interval", lower, w)
-    check_operands("power_mean_interval", upper, w)
+    check_box("power_mean_interval", lower, upper, w)
     check_exponent("power_mean_interval", p)
-    if lower.shape != upper.shape:
-        raise ValueError(
-            f"power_mean_interval: expected one shape, got lower {tuple(lower.shape)} and upper {tuple(upper.shape)}"
-        )
     low, high = _Interval.apply(lower, upper, w, float(p))
     return low, high

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dplip.kernels.distance import blocks, check_operands
+from dplip.kernels.distance import blocks, check_operands, gather_differences
 from dplip.kernels.folding import fold, sample_by_sample, unfold
 
 __all__ = [
@@ -71,9 +71,7 @@ def signed_order_statistic_indices(x: Tensor, w: Tensor, k: int, magnitude: bool
 
 def sorted_values(x: Tensor, w: Tensor, index: Tensor, magnitude: bool) -> Tensor:
     """The order statistics [B, O, k] at ``index``. Differentiable in x and w."""
-    b, o, k = index.shape
-    at_x = x.gather(1, index.reshape(b, o * k)).reshape(b, o, k)
-    t = at_x - w[torch.arange(o, device=w.device)[None, :, None], index]
+    t = gather_differences(x, w, index)
     return t.abs() if magnitude else t
 
 
