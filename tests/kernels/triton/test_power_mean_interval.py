@@ -15,22 +15,6 @@ kernels = pytest.importorskip("dplip.kernels.triton.power_mean_interval")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter computes in NumPy
 
 
-@pytest.fixture
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is not written shows as NaN."""
-    empty = torch.empty
-
-    def poison(*size: Any, **options: Any) -> Tensor:
-        return empty(*size, **options).fill_(math.nan)
-
-    monkeypatch.setattr(kernels.torch, "empty", poison)
-
-
 def draw(b: int, o: int, i: int, device: str, scale: float = 1.0) -> list[Tensor]:
     """``lower``, ``upper``, ``w`` and both ends' cotangents; some coordinates are points, the last box holds ``w``."""
     generator = torch.Generator().manual_seed(b + 10 * o + 100 * i)
