@@ -63,11 +63,12 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
 
 
 def _noise_schedule(config: PrivacyConfig) -> ExponentialNoise | StepNoise | None:
-    if config.noise_gamma is None:
-        return None
-    if config.noise_milestones is not None:
-        return StepNoise(config.noise_gamma, tuple(config.noise_milestones))
-    return ExponentialNoise(config.noise_gamma, config.noise_every or 0)
+    gamma, every, milestones = config.noise_gamma, config.noise_every, config.noise_milestones
+    if gamma is not None and every is not None:
+        return ExponentialNoise(gamma, every)
+    if gamma is not None and milestones is not None:
+        return StepNoise(gamma, tuple(milestones))
+    return None
 
 
 def make_loss(config: LossConfig) -> BoundedLoss:
