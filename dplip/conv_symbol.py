@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The largest singular value of a convolution's symbol over the frequencies of a period, rounded up.
 
-A kernel ``K_u`` has the symbol ``K(theta) = sum_u K_u exp(i <u, theta>)``, a matrix for every frequency. After ``t``
-squarings of its Gram matrix the Frobenius norm has ``sigma^(2^(t+1))`` within a factor of the root of the side, from
-above (Delattre, Barthelemy, Araujo, Allauzen, Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram
-Iteration, ICML 2023, theorem 2.1). Where float32 is enough, a few squarings in it rank the frequencies by bounds that
-include the rounding, and float64 looks at the most promising first, until no other can exceed what was found: by
-eigenvalues where the matrix has a short side, else by more squarings, in which what cannot exceed it is dropped. Never
-power iteration, a lower bound.
+A kernel ``K_u`` has the symbol ``K(theta) = sum_u K_u exp(i <u, theta>)``, a matrix for every frequency. Where float32
+is enough, a few squarings of Gram iteration in it (:func:`dplip.operator_norm.gram_iteration`) rank the frequencies by
+bounds that include the rounding, and float64 looks at the most promising first, until no other can exceed what was
+found: by eigenvalues where the matrix has a short side, else by more squarings, in which what cannot exceed it is
+dropped. Never power iteration, a lower bound.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from dplip.operator_norm import UNIT, gram_iteration_error
+from dplip.operator_norm import UNIT, gram_error, gram_iteration, gram_iteration_error, grams
 
 __all__ = ["symbol_bound"]
 
@@ -58,7 +56,7 @@ def symbol_bound(kernel: Tensor, period: tuple[int, int]) -> float:
     rough = kernel.new_full(every.shape, math.inf)
     if _ranks_in_float32(kernel):
         single = taps.to(torch.complex64)
-        first = [_gram_iteration(symbols(at, single), _ROUGH_SQUARINGS) for at in every.split(chunk)]
+        first = [gram_iteration(symbols(at, single), _ROUGH_SQUARINGS) for at in every.split(chunk)]
         rough = torch.cat(first).view(-1, groups).amax(1) + error * _SINGLE_UNIT
         blocks = rough.argsort(descending=True).split(_BLOCK)
     else:  # the first few lie all over the period
@@ -88,39 +86,7 @@ def _largest_sigma(matrices: Tensor, found: float) -> float:
     """Upper bound on the largest singular value of complex matrices [N, O, I] in float64 where it exceeds ``found``."""
     side, other = sorted(matrices.shape[1:])
     if side > EIGEN_SIDE:
-        return float(_gram_iteration(matrices, _SQUARINGS, found).amax())
-    grams = _grams(matrices)
-    largest = float(torch.linalg.eigvalsh(grams)[:, -1].amax()) if side > 1 else float(grams.real.amax())
-    # Forming a Gram matrix and its eigenvalues errs by multiples of u times its trace.
-    slack = 64 * (side + other) * UNIT * float(grams.diagonal(dim1=1, dim2=2).real.sum(1).amax())
-    return math.sqrt(max(0.0, largest) + slack) * (1 + 4 * UNIT)
-
-
-def _gram_iteration(matrices: Tensor, squarings: int, found: float = 0.0) -> Tensor:
-    """Upper bounds [N] on the largest singular values of complex matrices [N, O, I], sharp where above ``found``."""
-    side, other = sorted(matrices.shape[1:])
-    unit = _SINGLE_UNIT if matrices.dtype == torch.complex64 else UNIT
-    slack = gram_iteration_error(side, other, unit)
-    power, log_scale = _grams(matrices), torch.zeros(len(matrices), dtype=torch.float64, device=matrices.device)
-    bounds, left = torch.empty_like(log_scale), torch.arange(len(matrices), device=matrices.device)
-    for t in range(squarings + 1):
-        parts = torch.view_as_real(power)  # norms and multiples of complex numbers are many times slower
-        norm = torch.linalg.vector_norm(parts.flatten(1), dim=1)
-        log_scale = 2 * log_scale + norm.double().log()
-        if t == squarings or found > 0:
-            bounds[left] = now = (log_scale / 2 ** (t + 1)).exp() * (1 + slack)
-            kept = now > found
-            if t == squarings or not bool(kept.any()):
-                break
-            if not bool(kept.all()):
-                left, parts, norm, log_scale = left[kept], parts[kept], norm[kept], log_scale[kept]
-        inverse = norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()
-        shrunk = torch.view_as_complex(parts * inverse[:, None, None, None])
-        power = shrunk @ shrunk
-    return bounds
-
-
-def _grams(matrices: Tensor) -> Tensor:
-    """``A A*`` or ``A* A``, whichever is smaller."""
-    adjoint = matrices.mH
-    return matrices @ adjoint if matrices.shape[1] <= matrices.shape[2] else adjoint @ matrices
+        return float(gram_iteration(matrices, _SQUARINGS, found).amax())
+    gram = grams(matrices)
+    largest = float(torch.linalg.eigvalsh(gram)[:, -1].amax()) if side > 1 else float(gram.real.amax())
+    return math.sqrt(max(0.0, largest) + gram_error(gram, side + other)) * (1 + 4 * UNIT)

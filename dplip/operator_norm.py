@@ -21,7 +21,10 @@ __all__ = [
     "EIGEN_LIMIT",
     "UNIT",
     "gram_bound",
+    "gram_error",
+    "gram_iteration",
     "gram_iteration_error",
+    "grams",
     "matrix_norms",
     "round_up",
     "spectral_bound",
@@ -65,33 +68,50 @@ def _largest(weight: Tensor) -> float:
 
 
 def gram_bound(weight: Tensor, iterations: int = 10) -> float:
-    """Upper bound on the largest singular value by Gram iteration.
+    """Upper bound on the largest singular value by :func:`gram_iteration`; ``inf`` where an entry is not finite."""
+    w, power = unit_scale(weight)
+    if power == 0 or math.isinf(power):
+        return power
+    return float(gram_iteration(w[None], iterations)) * power
 
-    ``G_0 = W W^T``, ``G_{t+1} = G_t^2`` with the scale kept in log space; ``sigma <= ||G_t||_F^(1/2^(t+1))`` holds at
-    *every* ``t`` and tightens to equality (relative excess at most ``rank^(1/2^(t+2)) - 1``).
+
+def gram_iteration(matrices: Tensor, squarings: int, found: float = 0.0) -> Tensor:
+    """Upper bounds [N] on the largest singular values of real or complex matrices [N, O, I], in float64.
+
+    ``G_0 = W W*``, ``G_{t+1} = G_t^2`` with the scale kept in log space; ``sigma <= ||G_t||_F^(1/2^(t+1))`` holds at
+    *every* ``t`` and tightens to equality (relative excess at most ``rank^(1/2^(t+2)) - 1``). A matrix whose bound does
+    not exceed ``found`` is left at that.
 
     Source: Delattre, Barthelemy, Araujo, Allauzen, Efficient Bound of Lipschitz Constant for Convolutional
     Layers by Gram Iteration, ICML 2023, theorem 2.1.
     """
-    w, power = unit_scale(weight)
-    if power == 0 or math.isinf(power):
-        return power
-    gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
-    log_scale = 0.0
-    for t in range(iterations + 1):
-        norm = float(torch.linalg.matrix_norm(gram))
-        if not math.isfinite(norm):
-            return math.inf
-        if norm == 0:
-            return 0.0
-        log_scale = log_scale + math.log(norm)
-        if t == iterations:
-            break
-        gram = gram / norm
-        gram = gram @ gram
-        log_scale *= 2
-    slack = gram_iteration_error(min(w.shape), max(w.shape))
-    return math.exp(log_scale / 2 ** (iterations + 1)) * (1 + slack) * power
+    side, other = sorted(matrices.shape[1:])
+    slack = gram_iteration_error(side, other, torch.finfo(matrices.dtype).eps / 2)
+    power = grams(matrices)
+    log_scale = torch.zeros(len(matrices), dtype=torch.float64, device=matrices.device)
+    bounds, left = torch.empty_like(log_scale), torch.arange(len(matrices), device=matrices.device)
+    for t in range(squarings + 1):
+        # Norms and multiples of complex numbers are many times slower than of their parts.
+        parts = torch.view_as_real(power) if power.is_complex() else power[..., None]
+        norm = torch.linalg.vector_norm(parts.flatten(1), dim=1)
+        log_scale = 2 * log_scale + norm.double().log()
+        if t == squarings or found > 0:
+            bounds[left] = now = (log_scale / 2 ** (t + 1)).exp() * (1 + slack)
+            kept = now > found
+            if t == squarings or not bool(kept.any()):
+                break
+            if not bool(kept.all()):
+                left, parts, norm, log_scale = left[kept], parts[kept], norm[kept], log_scale[kept]
+        parts.mul_(norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()[:, None, None, None])
+        power = torch.view_as_complex(parts) if power.is_complex() else parts.squeeze(-1)
+        power = power @ power
+    return bounds
+
+
+def grams(matrices: Tensor) -> Tensor:
+    """``A A*`` or ``A* A``, whichever is smaller, of matrices [..., O, I]."""
+    adjoint = matrices.mH
+    return matrices @ adjoint if matrices.shape[-2] <= matrices.shape[-1] else adjoint @ matrices
 
 
 def gram_iteration_error(side: int, other: int, unit: float = UNIT) -> float:
@@ -126,15 +146,20 @@ def spectral_bound(weight: Tensor) -> float:
         return round_up(float(torch.linalg.vector_norm(w)), w.numel()) * power
     if side <= EIGEN_LIMIT:
         gram = w @ w.T
-        squared: float | None = max(0.0, float(torch.linalg.eigvalsh(gram)[-1])) + _gram_error(gram, w)
+        squared: float | None = max(0.0, float(torch.linalg.eigvalsh(gram)[-1])) + gram_error(gram, sum(w.shape))
     else:
         squared = _certified_bound(w, (spectral_estimate(weight) / power) ** 2)
     return gram_bound(weight) if squared is None else math.sqrt(squared) * (1 + 4 * UNIT) * power
 
 
-def _gram_error(gram: Tensor, w: Tensor) -> float:
-    """Bounds the rounding of a Gram matrix and of its eigenvalues, by a multiple of ``u`` times its trace."""
-    return 64 * sum(w.shape) * UNIT * abs(float(gram.diagonal().sum()))
+def gram_error(gram: Tensor, terms: int) -> float:
+    """Bounds the rounding of Gram matrices [..., n, n] and of their eigenvalues, by a multiple of ``u`` times a trace.
+
+    Args:
+        gram: in float64, or what has its diagonal up to signs.
+        terms: rows and columns of what it is the Gram matrix of.
+    """
+    return 64 * terms * UNIT * float(gram.diagonal(dim1=-2, dim2=-1).real.sum(-1).abs().amax())
 
 
 def _certified_bound(w: Tensor, about: float) -> float | None:
@@ -154,7 +179,7 @@ def _certified_bound(w: Tensor, about: float) -> float | None:
     """
     for excess in (2e-3, 8e-3, 0.05, 0.5, 2.0):
         shifted, level = _minus_gram(w), about * (1 + excess)
-        n, slack = len(shifted), _gram_error(shifted, w)
+        n, slack = len(shifted), gram_error(shifted, sum(w.shape))
         shifted.diagonal().add_(level)
         upper = shifted.T  # LAPACK's order of entries, in which it needs no second matrix
         place = (upper, torch.empty((), dtype=torch.int32)) if w.device.type == "cpu" else None
