@@ -27,7 +27,7 @@ from dplip.kernels.triton.tile import (
     load_operands,
     outputs_of,
     segment,
-    tile_rows,
+    tile_operands,
 )
 
 __all__ = ["interval", "largest", "largest_with_index"]
@@ -47,9 +47,7 @@ def _largest_kernel(
     ks = tl.arange(0, BK)[:, None, None]
     while first < last:
         tile, begin, end = segment(first, last, units)
-        rm, rm_in = tile_rows(tile % tiles_m, B, RM, TM)  # tiles that share weights are neighbours
-        rn, rn_in = tile_rows(tile // tiles_m, O, RN, TN)
-        x_at, w_at = rm_in.to(tl.int64)[None] * x_row + ks, rn_in.to(tl.int64)[None] * w_row + ks
+        rm, rn, x_at, w_at = tile_operands(tile, tiles_m, B, O, x_row, w_row, ks, RM, RN, TM, TN)
         best = tl.zeros((RM, RN, TM, TN), tl.int32)
         where = tl.zeros((RM, RN, TM, TN), tl.int32)
         for unit in tl.range(begin, end, num_stages=STAGES):
@@ -116,9 +114,7 @@ def _interval_kernel(
     ks = tl.arange(0, BK)[:, None, None]
     while first < last:
         tile, begin, end = segment(first, last, units)
-        rm, rm_in = tile_rows(tile % tiles_m, B, RM, TM)  # tiles that share weights are neighbours
-        rn, rn_in = tile_rows(tile // tiles_m, O, RN, TN)
-        x_at, w_at = rm_in.to(tl.int64)[None] * x_row + ks, rn_in.to(tl.int64)[None] * w_row + ks
+        rm, rn, x_at, w_at = tile_operands(tile, tiles_m, B, O, x_row, w_row, ks, RM, RN, TM, TN)
         least = tl.zeros((RM, RN, TM, TN), tl.int32)
         most = tl.zeros((RM, RN, TM, TN), tl.int32)
         for unit in tl.range(begin, end, num_stages=STAGES):

@@ -40,6 +40,7 @@ __all__ = [
     "load_operands",
     "outputs_of",
     "segment",
+    "tile_operands",
     "tile_rows",
 ]
 
@@ -104,6 +105,20 @@ def segment(first, last, units):
     tile = first // units
     begin = first - tile * units
     return tile, begin, tl.minimum(units, begin + last - first)
+
+
+@triton.jit
+def tile_operands(
+    tile, tiles_m, B, O, x_row, w_row, ks,
+    RM: tl.constexpr, RN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
+):  # fmt: skip
+    """Of a tile, its examples [RM, TM] and neurons [RN, TN], and the offsets [BK, ., .] of their coordinates ``ks``.
+
+    Tiles that share weights are neighbours.
+    """
+    rm, rm_in = tile_rows(tile % tiles_m, B, RM, TM)
+    rn, rn_in = tile_rows(tile // tiles_m, O, RN, TN)
+    return rm, rn, rm_in.to(tl.int64)[None] * x_row + ks, rn_in.to(tl.int64)[None] * w_row + ks
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from dplip.kernels.triton.tile import (
     load_operands,
     outputs_of,
     segment,
-    tile_rows,
+    tile_operands,
 )
 
 __all__ = ["top_k"]
@@ -74,9 +74,7 @@ def _keys_kernel(
     ks = tl.arange(0, BK)[:, None, None]
     while first < last:
         tile, begin, end = segment(first, last, units)
-        _, rm_in = tile_rows(tile % tiles_m, B, RM, TM)
-        _, rn_in = tile_rows(tile // tiles_m, O, RN, TN)
-        x_at, w_at = rm_in.to(tl.int64)[None] * x_row + ks, rn_in.to(tl.int64)[None] * w_row + ks
+        _, _, x_at, w_at = tile_operands(tile, tiles_m, B, O, x_row, w_row, ks, RM, RN, TM, TN)
         for unit in tl.range(begin, end, num_stages=STAGES):
             packed = tl.zeros((RM, RN, TM, TN), tl.int32)
             for half in tl.static_range(2):
